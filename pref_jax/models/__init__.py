@@ -1,0 +1,1 @@
+"""Models: records of pure functions over plain nested dicts of parameters."""
