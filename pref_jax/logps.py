@@ -1,0 +1,300 @@
+"""Hidden states -> token statistics -> one entry per response token.
+
+Scoring is where the memory goes: logits of a whole batch, [G, L, V], are never built.
+Only the positions of `predict` are unembedded, in chunks along the row, and the
+backward pass rebuilds each chunk's logits instead of keeping them. Rows end here: all
+results are gathered into [B, K, T], and no later code sees a row.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pref_jax import checks
+from pref_jax.types import ResponseBatch, Scores
+
+STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
+"""What `token_stats` can compute, by name."""
+
+_CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32
+_ROW_AXES = ("data", "fsdp")  # mesh axes over which rows are sharded
+
+
+def token_stats(
+    hidden,
+    unembedding,
+    targets,
+    predict,
+    *,
+    want: tuple[str, ...] = ("logp",),
+    chunk: int | None = None,
+) -> dict[str, jax.Array]:
+    """Statistics of the next-token distribution at the positions that are scored.
+
+        logits = hidden[g, predict[g, p]] @ unembedding.T        (float32)
+        logp   = logits[target] - logsumexp(logits)
+
+    Args:
+      hidden: [G, L, D], float32 or bfloat16; the products are made in its dtype and
+        accumulated in float32.
+      unembedding: [V, D].
+      targets: i32[G, L].
+      predict: i32[G, P]. Positions to unembed; -1 in padding.
+      want: names of `STATISTICS`. Nats throughout.
+      chunk: positions of a row that are unembedded at once. None: as many as keep a
+        chunk's logits, over all rows, near 8 million numbers; if one chunk is enough
+        nothing is recomputed in the backward pass.
+
+    Returns:
+      {name: f32[G, P]}, 0 where `predict` is -1.
+
+    Raises:
+      ValueError: a name in `want` is not known, or shapes disagree.
+
+    >>> hidden = jnp.array([[[0.0, 1.0], [2.0, 0.0]]])
+    >>> unembedding = jnp.eye(2)
+    >>> stats = token_stats(hidden, unembedding, jnp.array([[1, 1]]),
+    ...                     jnp.array([[0, -1]]), want=("logp", "entropy"))
+    >>> [round(float(x), 4) for x in stats["logp"][0]]
+    [-0.3133, 0.0]
+    """
+    unknown = [name for name in want if name not in STATISTICS]
+    if unknown:
+        raise ValueError(
+            f"`want` may name {', '.join(STATISTICS)}; got {', '.join(unknown)}."
+        )
+    if hidden.shape[-1] != unembedding.shape[-1]:
+        raise ValueError(
+            f"`hidden` and `unembedding` need one width; got "
+            f"{checks.describe(hidden)} and {checks.describe(unembedding)}."
+        )
+    checks.check_same_shape("targets", targets, like=hidden[..., 0], of="hidden")
+    num_rows, num_predict = predict.shape
+    if chunk is None:
+        chunk = max(1, _CHUNK_ELEMENTS // (num_rows * unembedding.shape[0]))
+    index = jnp.maximum(predict, 0)
+    hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    targets = jnp.take_along_axis(targets, index, axis=1)
+    # Rows are split by the devices that hold them, so that each device adds up its own
+    # gradient of the unembedding and the devices meet once, after the loop.
+    shards = _num_row_shards(num_rows)
+    hidden, targets = (
+        x.reshape(shards, num_rows // shards, *x.shape[1:]) for x in (hidden, targets)
+    )
+    copies = jnp.broadcast_to(unembedding[None], (shards, *unembedding.shape))
+    copies = _constrain(copies.astype(hidden.dtype), _row_axes(), "tensor", None)
+    if chunk >= num_predict:
+        stats = _statistics(hidden, copies, targets, want)
+    else:
+        stats = _chunked_statistics(hidden, copies, targets, want, chunk)
+    keep = predict >= 0
+    return {
+        name: jnp.where(keep, value.reshape(predict.shape), 0.0)
+        for name, value in stats.items()
+    }
+
+
+def _row_axes():
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(name for name in _ROW_AXES if name in names)
+
+
+def _num_row_shards(num_rows):
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1
+    for name in _row_axes():
+        shards *= mesh.shape[name]
+    return shards if num_rows % shards == 0 else 1
+
+
+def _constrain(x, *axes):
+    """Ask for a sharding when a mesh is set; a notebook without one is left alone."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    if not all(name in names for name in (*_ROW_AXES, "tensor")):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*axes))
+
+
+def _statistics(hidden, unembedding, targets, want):
+    """{name: f32[S, g, C]} from hidden [S, g, C, D] and unembedding [S, V, D]."""
+    logits = jnp.einsum(
+        "sgcd,svd->sgcv", hidden, unembedding, preferred_element_type=jnp.float32
+    )
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    # By comparison, not by index: a vocabulary split over devices is never gathered.
+    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    chosen = jnp.where(vocabulary == targets[..., None], logits, 0.0).sum(-1)
+    stats = {"logp": chosen - logsumexp, "logsumexp": logsumexp, "chosen_logit": chosen}
+    if "entropy" in want:
+        probability = jnp.exp(logits - logsumexp[..., None])
+        stats["entropy"] = logsumexp - (probability * logits).sum(-1)
+    if "log_sum_sq" in want:
+        stats["log_sum_sq"] = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * logsumexp
+    return {name: stats[name] for name in want}
+
+
+def _split_chunks(x, chunk):
+    """[S, g, P, ...] -> [number of chunks, S, g, chunk, ...], padded at the end."""
+    padding = -x.shape[2] % chunk
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
+    x = x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 0)
+
+
+def _join_chunks(x, length):
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked_statistics(hidden, unembedding, targets, want, chunk):
+    def body(_, inputs):
+        return None, _statistics(inputs[0], unembedding, inputs[1], want)
+
+    chunks = (_split_chunks(hidden, chunk), _split_chunks(targets, chunk))
+    _, stats = jax.lax.scan(body, None, chunks)
+    return jax.tree.map(lambda x: _join_chunks(x, hidden.shape[2]), stats)
+
+
+def _chunked_forward(hidden, unembedding, targets, want, chunk):
+    stats = _chunked_statistics(hidden, unembedding, targets, want, chunk)
+    return stats, (hidden, unembedding, targets)
+
+
+def _chunked_backward(want, chunk, residuals, grads):
+    hidden, unembedding, targets = residuals
+
+    def body(total, inputs):
+        hidden, targets, grads = inputs
+        _, pullback = jax.vjp(
+            lambda h, u: _statistics(h, u, targets, want), hidden, unembedding
+        )
+        d_hidden, d_unembedding = pullback(grads)
+        return total + d_unembedding.astype(jnp.float32), d_hidden
+
+    chunks = jax.tree.map(lambda x: _split_chunks(x, chunk), (hidden, targets, grads))
+    zeros = jnp.zeros(unembedding.shape, jnp.float32)
+    zeros = _constrain(zeros, _row_axes(), "tensor", None)
+    total, d_hidden = jax.lax.scan(body, zeros, chunks)
+    d_hidden = _join_chunks(d_hidden, hidden.shape[2])
+    return d_hidden, total.astype(unembedding.dtype), None
+
+
+_chunked_statistics.defvjp(_chunked_forward, _chunked_backward)
+
+
+def gather_responses(values, batch: ResponseBatch):
+    """Bring [G, P] values at the scored positions to [B, K, T].
+
+    Args:
+      values: f32[G, P], in the order of `batch.predict`.
+      batch: says where each branch lies.
+
+    Returns:
+      f32[B, K, T]; 0 where `batch.loss_mask` is False.
+    """
+    num_rows, row_length = batch.tokens.shape
+    # One column more takes what padding writes.
+    index = jnp.where(batch.predict < 0, row_length, batch.predict)
+    rows = jnp.zeros((num_rows, row_length + 1), values.dtype)
+    rows = rows.at[jnp.arange(num_rows)[:, None], index].set(values)
+    offset = jnp.arange(batch.loss_mask.shape[-1])[None, None]
+    where_from = jnp.minimum(batch.start[..., None] + offset, row_length)
+    flat = jnp.take_along_axis(rows, where_from.reshape(num_rows, -1), axis=1)
+    gathered = flat.reshape(batch.loss_mask.shape)
+    return jnp.where(batch.loss_mask, gathered, 0.0)
+
+
+def response_scores(
+    model, params, batch: ResponseBatch, *, want=("logp",), chunk: int | None = None
+) -> Scores:
+    """Score every response of a batch: the default `score` of a `Method`.
+
+    Args:
+      model: a `pref_jax.types.Model`.
+      params: its parameters.
+      batch: the rows.
+      want: names of `STATISTICS`.
+      chunk: as in `token_stats`.
+
+    Returns:
+      `Scores` with the fields of `want`, each f32[B, K, T].
+    """
+    hidden = model.hidden(params, batch.tokens, batch.position, batch.end)
+    stats = token_stats(
+        hidden,
+        model.unembedding(params),
+        batch.targets,
+        batch.predict,
+        want=want,
+        chunk=chunk,
+    )
+    return Scores(**{k: gather_responses(v, batch) for k, v in stats.items()})
+
+
+def response_sum(token_values, *, where):
+    """Sum over the tokens of each response.
+
+    Args:
+      token_values: f32[..., T].
+      where: bool, broadcastable to `token_values`. False: the token does not count.
+
+    Returns:
+      f32[...].
+
+    >>> float(response_sum(jnp.array([1.0, 2.0, 4.0]),
+    ...                    where=jnp.array([True, True, False])))
+    3.0
+    """
+    checks.check_bool("where", where)
+    shape = jnp.shape(token_values)
+    checks.check_broadcast("where", where, to=shape, of="token_values")
+    return jnp.where(where, token_values, 0.0).sum(-1)
+
+
+def token_kl(
+    model, params, batch: ResponseBatch, *, anchor_params, chunk: int | None = None
+):
+    """Exact KL divergence of each next-token distribution from the anchor's.
+
+        kl[t] = sum_v p(v) (log p(v) - log q(v)),  p the policy, q the anchor
+
+    over the whole vocabulary, at the positions that predict the batch's responses. For
+    evaluation: the forward pass is chunked, a gradient would keep every chunk.
+
+    Args:
+      model: a `pref_jax.types.Model`, of policy and anchor alike.
+      params: of the policy.
+      batch: responses, as a rule sampled from the policy.
+      anchor_params: of the anchor.
+      chunk: as in `token_stats`.
+
+    Returns:
+      f32[B, K, T], nats; 0 outside the mask.
+    """
+    num_rows = batch.predict.shape[0]
+    if chunk is None:
+        chunk = max(1, _CHUNK_ELEMENTS // (num_rows * model.vocab_size))
+    index = jnp.maximum(batch.predict, 0)[..., None]
+
+    def states(p):
+        hidden = model.hidden(p, batch.tokens, batch.position, batch.end)
+        gathered = jnp.take_along_axis(hidden, index, axis=1)
+        return _split_chunks(gathered[None], chunk)
+
+    def log_probs(hidden, p):
+        matrix = model.unembedding(p).astype(hidden.dtype)
+        logits = jnp.einsum(
+            "sgcd,vd->sgcv", hidden, matrix, preferred_element_type=jnp.float32
+        )
+        return jax.nn.log_softmax(logits)
+
+    def body(_, inputs):
+        log_p, log_q = log_probs(inputs[0], params), log_probs(inputs[1], anchor_params)
+        return None, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    _, kl = jax.lax.scan(body, None, (states(params), states(anchor_params)))
+    return gather_responses(_join_chunks(kl, batch.predict.shape[1])[0], batch)

@@ -1,0 +1,1 @@
+"""Losses: arrays in, (loss, metrics) out; one function each, unreduced."""
