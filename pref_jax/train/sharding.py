@@ -1,0 +1,169 @@
+"""Mesh, parameter rules, placement: where arrays live, decided in one place.
+
+One mesh with the axes data, fsdp and tensor. Rows are sharded over the first two.
+Parameters follow rules on the logical axes that the model names; a parameter that no
+rule covers is an error, not a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pref_jax.train.state import TrainState
+from pref_jax.types import PyTree
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+ROW_AXES = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are split."""
+
+RULES = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+"""Logical axis of a parameter -> mesh axis that it is split over, or None."""
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of all devices.
+
+    Args:
+      data: devices that hold different rows and all parameters; -1: what is left.
+      fsdp: devices that hold different rows and parts of the parameters.
+      tensor: devices that split the products of one row.
+      devices: None: all of the process group.
+
+    Raises:
+      ValueError: the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    if data == -1:
+        sizes["data"] = len(devices) // (fsdp * tensor)
+    if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != len(devices):
+        raise ValueError(
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use "
+            f"{len(devices)} devices; their product must be that number."
+        )
+    # Explicit axes, jax's default, would put shardings into types.
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
+    )
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return int(np.prod([mesh.shape[name] for name in ROW_AXES]))
+
+
+def param_shardings(mesh: Mesh, param_axes: PyTree, params: PyTree) -> PyTree:
+    """The sharding of each parameter by the rules on its logical axes.
+
+    Args:
+      mesh: of `make_mesh`.
+      param_axes: logical axis names a leaf.
+      params: arrays or shapes.
+
+    Raises:
+      ValueError: an axis without a rule, or a size that the mesh does not divide.
+    """
+
+    def sharding(path, leaf, axes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        unknown = [axis for axis in axes if axis not in RULES]
+        if unknown or len(axes) != len(leaf.shape):
+            raise ValueError(
+                f"parameter {name} of shape {leaf.shape} has the logical axes {axes}; "
+                f"each needs a rule in `sharding.RULES`."
+            )
+        spec = [RULES[axis] for axis in axes]
+        for axis, mesh_axis, size in zip(axes, spec, leaf.shape, strict=True):
+            if mesh_axis and size % mesh.shape[mesh_axis]:
+                raise ValueError(
+                    f"parameter {name} has {size} along {axis}, which the "
+                    f"{mesh.shape[mesh_axis]} devices of mesh axis {mesh_axis} do not "
+                    f"divide; use a smaller {mesh_axis} axis."
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, params, param_axes)
+
+
+def state_shardings(
+    mesh: Mesh,
+    param_axes: PyTree,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The sharding of every array of a state; the optimiser's follow the parameters."""
+    params = param_shardings(mesh, param_axes, state.params)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    anchor = params if jax.tree.leaves(state.anchor) else ()
+    return TrainState(
+        step=everywhere,
+        params=params,
+        opt_state=opt_state,
+        rng=everywhere,
+        anchor=anchor,
+        data=everywhere,
+    )
+
+
+def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
+    """Put a host batch on the mesh, rows split over data and fsdp.
+
+    Each process gives its own devices their rows and no others.
+
+    Raises:
+      ValueError: a leading axis is not a multiple of the number of row shards.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    shards = num_row_shards(mesh)
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        if leaf.shape[0] % shards:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows cannot be split over {shards} "
+                f"devices; build it with `rows_multiple` a multiple of {shards}."
+            )
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf[index]
+        )
+
+    return jax.tree.map(place, batch)
+
+
+def compile_train_step(
+    step: Callable, mesh: Mesh, shardings: TrainState
+) -> Callable[[TrainState, PyTree], tuple[TrainState, dict]]:
+    """jit a pure train step: shardings in and out, the state donated."""
+    rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
