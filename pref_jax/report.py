@@ -382,7 +382,7 @@ def from_json(data: object) -> object:
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Curves from a run's `metrics.jsonl`.
+    r"""Curves from a run's `metrics.jsonl`.
 
     Each line is a strict JSON object: an integer `step`, and numbers by name (`loss`,
     `rewards/accuracy`, `time/...`). A number that is not finite is written as the
@@ -401,7 +401,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "metrics.jsonl"
-    ...     _ = path.write_text('{"step": 1, "loss": 0.7}\\n{"step": 2, "loss": "NaN"}')
+    ...     _ = path.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": "NaN"}')
     ...     steps, values = read_metrics(path)["loss"]
     >>> steps.tolist(), values.tolist()
     ([1, 2], [0.7, nan])
@@ -481,7 +481,6 @@ def main() -> None:
     if "report" not in record:
         parser.error(f'{path} needs the key "report"; it has {sorted(record)}')
     write_report(from_json(record["report"]), run_dir / "report.html")
-    print(run_dir / "report.html")
 
 
 def _plain(value: object, where: str) -> object:
@@ -557,8 +556,6 @@ def _read_line(line: str, where: str) -> tuple[int, dict[str, float]]:
 
 
 def _number(value: float, digits: int, kind: str = "f") -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "\u2212∞"
     if isinstance(value, int):
@@ -578,6 +575,8 @@ def _shown(value: Cell, column: Column | Card) -> tuple[str, str, str]:
         return "not run", value.reason, "missing"
     if isinstance(value, str):
         return value, "", "text"
+    if isinstance(value, bool):
+        return "yes" if value else "no", "", "number"
     numbers = [value]
     if isinstance(value, Estimate):
         numbers = [float(n) for n in (value.mean, value.low, value.high)]
@@ -670,14 +669,18 @@ def _drawable(line: Series, panel: Panel) -> np.ndarray:
 
 def _left_out(panel: Panel) -> list[str]:
     """What the reader cannot see in a panel, for the note below it."""
+    why = "not finite"
+    if panel.log_x or panel.log_y:
+        why += ", or not positive on a logarithmic axis"
     remarks = []
     for line in panel.series:
         num_hidden = int(np.sum(~_drawable(line, panel)))
-        why = "not finite, or not positive on a logarithmic axis"
         if num_hidden:
-            remarks.append(f"{num_hidden} of {len(line.x)} of {line.name}: {why}")
+            remarks.append(
+                f"{num_hidden} of {len(line.x)} points of {line.name}, {why}"
+            )
         elif not line.x:
-            remarks.append(f"{line.name} has no points")
+            remarks.append(f"{line.name}, which has no points")
     return remarks
 
 
@@ -692,7 +695,9 @@ def _described(panel: Panel | Histogram) -> str:
         for line in panel.series
         if line.x
     ]
-    return " ".join([f"{panel.title} against {panel.x_label}.", *lines])
+    return " ".join(
+        [f"{panel.title} ({panel.y_label}) against {panel.x_label}.", *lines]
+    )
 
 
 def _draw(panel: Panel | Histogram, styles: dict, prefix: str) -> str:
@@ -701,21 +706,24 @@ def _draw(panel: Panel | Histogram, styles: dict, prefix: str) -> str:
     It holds no text but the numbers of the axes, so nothing in it needs escaping.
     """
     import matplotlib
-    from matplotlib import figure, ticker
+    from matplotlib import figure, style, ticker
 
-    with matplotlib.rc_context(_RC):
+    # From the default style, so that no local setting changes the page.
+    with style.context("default"), matplotlib.rc_context(_RC):
         page = figure.Figure(figsize=(5.0, 2.9), layout="constrained")
         axes = page.add_subplot()
         page.patch.set_visible(False)
         axes.patch.set_visible(False)
         if isinstance(panel, Histogram):
             for name, counts in panel.counts.items():
-                colour = f"#00fe0{styles[name][0]}"
-                axes.stairs(counts, panel.edges, fill=True, color=colour, alpha=0.18)
-                axes.stairs(counts, panel.edges, color=colour, linewidth=1.6)
+                pen = _pen(*styles[name])
+                area = {"color": pen["color"], "alpha": 0.18}
+                axes.stairs(counts, panel.edges, fill=True, **area)
+                axes.stairs(counts, panel.edges, linewidth=1.6, **pen)
         else:
             for line in panel.series:
-                _draw_line(axes, line, _drawable(line, panel), *styles[line.name])
+                pen = _pen(*styles[line.name])
+                _draw_line(axes, line, _drawable(line, panel), pen)
             axes.set_xscale("log" if panel.log_x else "linear")
             axes.set_yscale("log" if panel.log_y else "linear")
         for axis in (axes.xaxis, axes.yaxis):
@@ -728,11 +736,10 @@ def _draw(panel: Panel | Histogram, styles: dict, prefix: str) -> str:
             else:
                 axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        page.savefig(buffer, format="svg", metadata=nothing)
+        page.savefig(buffer, format="svg")
     drawing = buffer.getvalue()
     box = re.search(r'viewBox="[^"]+"', drawing).group()
-    body = drawing[drawing.index("<g ") :]
+    body = drawing[drawing.index("<g ") :]  # after the XML head and its metadata
     body = re.sub(r" font-family: [^;]+;", "", body)  # the page's own font
     body = body.replace("xlink:href", "href")
     body = re.sub(r'(id="|url\(#|href="#)', rf"\1{prefix}-", body)
@@ -742,25 +749,19 @@ def _draw(panel: Panel | Histogram, styles: dict, prefix: str) -> str:
     return f'<svg {box} role="img" aria-label="{label}">{body}'
 
 
-def _draw_line(axes, line: Series, keep, colour: int, dashes: tuple) -> None:
-    colour = f"#00fe0{colour}"
-    x, y = np.array(line.x), np.where(keep, line.y, np.nan)
+def _pen(colour: int, dashes: tuple[float, ...]) -> dict[str, object]:
+    return {"color": f"#00fe0{colour}", "linestyle": (0, dashes) if dashes else "-"}
+
+
+def _draw_line(axes, line: Series, keep: np.ndarray, pen: dict[str, object]) -> None:
     if line.low:
-        axes.fill_between(
-            x, line.low, line.high, where=keep, color=colour, alpha=0.18, linewidth=0
-        )
+        area = {"color": pen["color"], "alpha": 0.18, "linewidth": 0}
+        axes.fill_between(line.x, line.low, line.high, where=keep, **area)
     beside = np.pad(keep, 1)
     alone = keep & ~beside[:-2] & ~beside[2:]  # a line would not show these
-    marked = keep if len(x) <= _MAX_MARKED else alone
-    axes.plot(
-        x,
-        y,
-        color=colour,
-        linestyle=(0, dashes) if dashes else "-",
-        marker="o",
-        markersize=3.2,
-        markevery=np.flatnonzero(marked).tolist(),
-    )
+    marked = np.flatnonzero(keep if len(line.x) <= _MAX_MARKED else alone)
+    marks = {"marker": "o", "markersize": 3.2, "markevery": marked.tolist()}
+    axes.plot(line.x, np.where(keep, line.y, np.nan), **marks, **pen)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def implicit_reward(logps, *, anchor_logps, beta: float):
       TypeError: an argument is not floating-point.
 
     >>> import jax.numpy as jnp
-    >>> reward = implicit_reward(jnp.array(-1.0), anchor_logps=jnp.array(-3.0), beta=0.1)
+    >>> logps, anchor_logps = jnp.array(-1.0), jnp.array(-3.0)
+    >>> reward = implicit_reward(logps, anchor_logps=anchor_logps, beta=0.1)
     >>> round(float(reward), 4)
     0.2
     """

@@ -8,8 +8,8 @@ responses:
     end:         12 ....   9 .......   12 ...  24     18 ....   24 .......    self
 
 - Token i sees token j when `j <= i < end[j]`. `end[j]` is the end of the group for a
-  token of the prompt, the end of its own branch for a token of a response, and j + 1 for
-  padding.
+  token of the prompt, the end of its own branch for a token of a response, and j + 1
+  for padding.
 - The last prompt token opens every branch: the prompt part is the prompt without its
   last token, and a branch of n targets is the n + 1 inputs `[p_last, r_1 .. r_n]`. The
   first n predict `r_1 .. r_n`; the state at the last one has seen the whole response.
@@ -311,6 +311,16 @@ def _fill_extras(extras, b, group: TokenGroup) -> None:
                 extras[name][b, k, : len(tokens)] = tokens
         else:
             extras[name][b] = value
+
+
+def count_batch(batch: ResponseBatch) -> dict[str, int]:
+    """Real tokens (no padding) and prompts of a host batch, for rates."""
+    used = np.where(batch.valid, batch.start + batch.length + 1, 0)
+    per_row = used.reshape(batch.tokens.shape[0], -1).max(axis=1)
+    return {
+        "tokens": int(per_row.sum()),
+        "examples": int(batch.valid.any(axis=1).sum()),
+    }
 
 
 def show_batch(

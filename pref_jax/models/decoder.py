@@ -115,6 +115,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.width))
 
     def __call__(self, x):
+        """[..., D] -> [..., D]."""
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean + self.eps)
@@ -156,6 +157,7 @@ class Attention(nnx.Module):
         self.out = _normal(rngs, (heads, head_dim, width), out_std)
 
     def __call__(self, x, position, attend):
+        """[..., D] -> [..., D], and what `attend` keeps."""
         query, key, value = (
             jnp.einsum("...d,dhf->...hf", x, weight[...].astype(x.dtype))
             for weight in (self.query, self.key, self.value)
@@ -178,6 +180,7 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x):
+        """[..., D] -> [..., D]."""
         gate = jax.nn.silu(x @ self.gate[...].astype(x.dtype))
         up = x @ self.up[...].astype(x.dtype)
         return (gate * up) @ self.down[...].astype(x.dtype)
@@ -193,6 +196,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, position, attend):
+        """[..., D] -> [..., D], and what `attend` keeps."""
         out, kept = self.attention(self.attention_norm(x), position, attend)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), kept

@@ -158,7 +158,7 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
 def compile_train_step(
     step: Callable, mesh: Mesh, shardings: TrainState
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict]]:
-    """jit a pure train step: shardings in and out, the state donated."""
+    """Compile a pure train step with jit: shardings in and out, the state donated."""
     rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(

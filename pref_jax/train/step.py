@@ -78,7 +78,7 @@ def _undo_split(leaf, num_rows):
 
 
 def _sums(method: Method, model, params, anchor, batch):
-    """Numerator and denominator of the loss and of each metric; which groups are fine."""
+    """Numerators and denominators, and which groups have a finite loss."""
     loss, weight, metrics = objective(method, model, params, anchor, batch)
     numerator, denominator = weighted_sum(loss, weight)
     sums = {"loss": (numerator, denominator)}
@@ -93,6 +93,7 @@ def make_train_step(
     model,
     optimizer: optax.GradientTransformation,
     *,
+    schedule: optax.Schedule | None = None,
     num_microbatches: int = 1,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict]]:
     """One update by the gradient of the batch's weighted mean loss.
@@ -101,12 +102,14 @@ def make_train_step(
       method: the five functions.
       model: a `pref_jax.types.Model`.
       optimizer: an optax transformation.
+      schedule: the optimiser's learning rate by updates done, for the metrics.
       num_microbatches: parts of the batch that are computed one after the other; loss,
         metrics and gradient are those of the whole batch.
 
     Returns:
       (state, batch) -> (state, outputs). `outputs["metrics"]` are float32 scalars: the
-      loss, the method's metrics, `grad_norm` and `update_norm` of this update.
+      loss, the method's metrics, `grad_norm` and `update_norm` of this update, and
+      `learning_rate` if there is a schedule.
       `outputs["finite"]` is bool[B]: whether the loss of each group is a finite number.
     """
 
@@ -137,6 +140,8 @@ def make_train_step(
         metrics = {name: _divide(*pair) for name, pair in sums.items()}
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["update_norm"] = optax.global_norm(updates)
+        if schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)
         number = state.step + 1
         state = TrainState(

@@ -1,0 +1,1 @@
+"""Controlled worlds with a known truth, shared by the experiments."""

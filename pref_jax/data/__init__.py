@@ -1,0 +1,1 @@
+"""From files and objects to token groups, rows and batches."""

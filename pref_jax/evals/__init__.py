@@ -1,0 +1,1 @@
+"""Evaluations: per-prompt numbers -> means with intervals. Pure, NumPy only."""

@@ -1,0 +1,1 @@
+"""Training: the step, the loop, sharding, checkpoints and run logs."""

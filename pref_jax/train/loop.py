@@ -1,0 +1,276 @@
+"""fit: source -> step -> log -> validation -> checkpoint, until the last step.
+
+The loop never waits for the device: while a step runs, the host makes the next batch
+and reads the metrics of the step before. A stage of a run has a folder of its own, with
+`metrics.jsonl`, TensorBoard events and `checkpoints/`; called again on that folder,
+`fit` goes on from the latest checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from pref_jax.train.checkpoint import Checkpoints, PreemptionGuard
+from pref_jax.train.logging import MetricsLog, Progress, Throughput
+from pref_jax.train.run import write_json
+from pref_jax.train.state import TrainState
+from pref_jax.types import PyTree
+
+DONE_FILE = "done.json"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long a stage trains, and when it looks up."""
+
+    num_steps: int  # updates
+    validate_every: int  # steps; the last step is always validated
+    checkpoint_every: int  # steps; every validation saves as well
+    keep_last: int = 1  # newest checkpoints
+    best: str | None = None  # metric of the validation; its best checkpoint is kept
+    higher_is_better: bool = False  # direction of `best`
+    patience: int | None = None  # validations without a better `best` before stopping
+
+    def __post_init__(self):
+        for name in ("num_steps", "validate_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {self}.")
+        if self.patience is not None and (self.best is None or self.patience < 1):
+            raise ValueError(
+                f"`patience` counts validations without a better `best`: it needs that "
+                f"metric's name and must be at least 1; got {self}."
+            )
+
+
+class Preempted(Exception):
+    """The process was asked to stop; the state is saved and the run can go on."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A metric of a step is not a finite number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a finished stage leaves.
+
+    Attributes:
+      steps: updates that were done; fewer than asked for if patience ran out.
+      best_step: the step of the best validation, or None.
+      seconds: spent in steps, all restarts added up.
+    """
+
+    steps: int
+    best_step: int | None
+    seconds: float
+
+
+def fit(
+    state: TrainState,
+    *,
+    name: str,
+    folder: pathlib.Path,
+    config: LoopConfig,
+    step: Callable,
+    source,
+    place: Callable,
+    validate: Callable[[TrainState], dict[str, float]],
+    count: Callable[[PyTree], dict[str, int]],
+    guard: PreemptionGuard,
+    unit: str = "pairs",
+    flops_per_token: float | None = None,
+) -> Fitted:
+    """Train a stage to its end, from wherever its folder says it is.
+
+    Args:
+      state: the state before the first step, on its devices; donated.
+      name: of the stage, for the progress line.
+      folder: of the stage.
+      config: when to stop, validate and save.
+      step: compiled (state, batch) -> (state, outputs), as `compile_train_step` makes.
+      source: a `Source` of host batches.
+      place: host batch -> placed batch.
+      validate: state -> metrics, `best` among them; called at validations.
+      count: host batch -> {"tokens": real tokens, "examples": prompts}.
+      guard: says when to stop.
+      unit: what the progress line calls an example.
+      flops_per_token: of a step, forward and backward; None: no MFU estimate.
+
+    Returns:
+      `Fitted`; the states are in `folder/checkpoints`, see `restore_params`.
+
+    Raises:
+      Preempted: after saving, when the guard was asked to stop.
+      NonFiniteError: with step, metric and record numbers. The last good checkpoint
+        stays the latest.
+    """
+    done = folder / DONE_FILE
+    if done.is_file():
+        return Fitted(**json.loads(done.read_text()))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _open_checkpoints(folder, config) as checkpoints:
+        throughput = Throughput(model_flops_per_token=flops_per_token)
+        run = _Loop(checkpoints, config, guard, validate, throughput)
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            state = checkpoints.restore(state)
+            run.restore(checkpoints.restore_meta())
+            source.set_state(int(state.data))
+            _logger.info("%s goes on from step %d", name, latest)
+        log = MetricsLog(folder, resume_step=latest or 0)
+        with log, Progress(name, config.num_steps, unit=unit) as progress:
+            run.start(log, progress)
+            while run.step < config.num_steps and not run.finished:
+                host_batch = source(state)
+                batch = place(host_batch)
+                with jax.transfer_guard("disallow"):
+                    state, outputs = step(state, batch)
+                run.advance(state, outputs, host_batch.record, count(host_batch))
+        result = Fitted(
+            steps=run.step,
+            best_step=checkpoints.best_step() if config.best else None,
+            seconds=run.seconds,
+        )
+    write_json(done, dataclasses.asdict(result))
+    return result
+
+
+def _open_checkpoints(folder, config: LoopConfig, **options) -> Checkpoints:
+    return Checkpoints(
+        folder / "checkpoints",
+        keep_last=config.keep_last,
+        keep_best=1 if config.best else 0,
+        metric=config.best,
+        higher_is_better=config.higher_is_better,
+        **options,
+    )
+
+
+def restore_params(
+    folder: pathlib.Path, config: LoopConfig, params: PyTree, step: int | None = None
+) -> PyTree:
+    """Parameters of a checkpoint of a stage: of `step`, or the latest.
+
+    Args:
+      folder: of the stage.
+      config: as given to `fit`.
+      params: arrays of the same shapes and shardings.
+      step: number of the checkpoint.
+    """
+    with _open_checkpoints(folder, config, read_only=True) as checkpoints:
+        return checkpoints.restore(params, step, field="params")
+
+
+class _Loop:
+    """The host side of `fit`: reads metrics one step late and acts on them."""
+
+    def __init__(self, checkpoints, config, guard, validate, throughput):
+        self.checkpoints, self.config, self.guard = checkpoints, config, guard
+        self.validate, self.throughput = validate, throughput
+        self.step = 0
+        self.best, self.stale = None, 0  # best validation, validations since then
+        self.seconds = 0.0
+        self._pending = None  # outputs, records and counts of a step not read yet
+
+    def restore(self, meta: dict) -> None:
+        self.step, self.seconds = meta["step"], meta["seconds"]
+        self.best, self.stale = meta["best"], meta["stale"]
+
+    def start(self, log, progress) -> None:
+        self.log, self.progress = log, progress
+        self._clock = time.perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        """Whether patience has run out."""
+        return self.config.patience is not None and self.stale >= self.config.patience
+
+    def advance(self, state, outputs, records, counts) -> None:
+        """Take one step's outputs; read the step before; validate and save if due."""
+        self._read_pending()
+        self.step += 1
+        self._pending = outputs, records, counts
+        last = self.step == self.config.num_steps
+        stop = self.guard.agreed(self.step)
+        validate = last or self.step % self.config.validate_every == 0
+        save = stop or validate or self.step % self.config.checkpoint_every == 0
+        if not save:
+            return
+        self._read_pending()  # nothing is saved before its metrics are known good
+        metrics = self._validate(state) if validate else None
+        self.checkpoints.save(
+            self.step,
+            state,
+            metrics=metrics,
+            meta={
+                "step": self.step,
+                "seconds": self.seconds,
+                "best": self.best,
+                "stale": self.stale,
+            },
+        )
+        self._clock = time.perf_counter()
+        if stop and not last:
+            self.checkpoints.wait()
+            raise Preempted(f"stopped after step {self.step}, which is saved")
+
+    def _validate(self, state) -> dict[str, float]:
+        began = time.perf_counter()
+        metrics = self.validate(state)
+        self._check_finite(metrics, records=None)
+        self.log.write(self.step, metrics, {"validation": time.perf_counter() - began})
+        name = self.config.best
+        if name is not None:
+            if name not in metrics:
+                raise ValueError(
+                    f"`best` is {name!r}, which the validation does not measure; it "
+                    f"has {', '.join(sorted(metrics))}."
+                )
+            value = metrics[name] if self.config.higher_is_better else -metrics[name]
+            better = self.best is None or value > self.best
+            self.best = value if better else self.best
+            self.stale = 0 if better else self.stale + 1
+        return metrics
+
+    def _read_pending(self) -> None:
+        if self._pending is None:
+            return
+        (outputs, records, counts), self._pending = self._pending, None
+        outputs = jax.device_get(outputs)  # waits for the step
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self.seconds += seconds
+        metrics = {name: float(x) for name, x in sorted(outputs["metrics"].items())}
+        self.log.write(self.step, metrics, {"step": seconds})
+        bad = np.asarray(records)[~np.asarray(outputs["finite"])]
+        self._check_finite(metrics, bad if bad.size else records)
+        rates = self.throughput.add(seconds=seconds, **counts)
+        self.progress.update(self.step, metrics, rates)
+
+    def _check_finite(self, metrics: dict[str, float], records) -> None:
+        names = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if not names:
+            return
+        first = "loss" if "loss" in names else names[0]
+        where = ""
+        if records is not None:
+            numbers = sorted({int(r) for r in np.asarray(records).ravel() if r >= 0})
+            where = f" on records {', '.join(map(str, numbers))}"
+        latest = self.checkpoints.latest_step()
+        kept = "none was saved yet" if latest is None else f"step {latest} is kept"
+        raise NonFiniteError(
+            f"step {self.step}: {first} is {metrics[first]}{where} (not finite: "
+            f"{', '.join(names)}). Last good checkpoint: {kept}. Look at these "
+            f"records, or lower the learning rate or the gradient clip."
+        )

@@ -1,0 +1,138 @@
+"""One stage of a run: a method, its data and a config -> trained parameters.
+
+This is where the pieces of `train` meet: mesh and shardings, optimiser, compiled steps,
+validation, and the loop. Experiments chain stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from pref_jax.method import Method
+from pref_jax.train import loop, sharding
+from pref_jax.train.checkpoint import PreemptionGuard
+from pref_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from pref_jax.train.state import init_state
+from pref_jax.train.step import evaluate, make_eval_step, make_train_step
+from pref_jax.types import Model, PyTree
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """How one stage trains."""
+
+    groups_per_step: int  # global batch size, prompts
+    optimizer: OptimizerConfig
+    loop: loop.LoopConfig
+    num_microbatches: int = 1  # parts of a step, one after the other, to save memory
+
+    def __post_init__(self):
+        if self.groups_per_step < 1 or self.num_microbatches < 1:
+            raise ValueError(
+                f"`groups_per_step` and `num_microbatches` must be at least 1; got "
+                f"{self.groups_per_step} and {self.num_microbatches}."
+            )
+
+
+def train_stage(
+    name: str,
+    *,
+    folder: pathlib.Path,
+    config: StageConfig,
+    method: Method,
+    model: Model,
+    params: PyTree,
+    anchor: PyTree,
+    source,
+    validation: Sequence,
+    count: Callable[[PyTree], dict[str, int]],
+    mesh: Mesh,
+    seed: int,
+    guard: PreemptionGuard,
+    unit: str = "pairs",
+) -> tuple[PyTree, loop.Fitted]:
+    """Train, or read what an earlier call on the same folder has trained.
+
+    Args:
+      name: of the stage.
+      folder: of the stage; made if it does not exist.
+      config: plain values.
+      method: the five functions.
+      model: a `pref_jax.types.Model`.
+      params: initial parameters.
+      anchor: frozen parameters or `()`.
+      source: of host batches, as many as the stage has steps.
+      validation: host batches.
+      count: host batch -> {"tokens", "examples"}.
+      mesh: of `sharding.make_mesh`.
+      seed: of the state's key.
+      guard: says when to stop.
+      unit: what the progress line calls an example.
+
+    Returns:
+      The parameters, placed on the mesh, of the best validation if `config.loop.best`
+      names a metric and of the last step otherwise; and how the stage went.
+
+    Raises:
+      Preempted, NonFiniteError: as `loop.fit`.
+    """
+    axes = model.param_axes(params)
+    num_steps = config.loop.num_steps
+    optimizer = make_optimizer(config.optimizer, num_steps, param_axes=axes)
+    step = make_train_step(
+        method,
+        model,
+        optimizer,
+        schedule=make_schedule(config.optimizer, num_steps),
+        num_microbatches=config.num_microbatches,
+    )
+    with jax.set_mesh(mesh):
+        state = init_state(params, optimizer, rng=jax.random.key(seed), anchor=anchor)
+        shardings = sharding.state_shardings(mesh, axes, state, optimizer)
+        state = jax.device_put(state, shardings)
+        eval_step = jax.jit(make_eval_step(method, model))
+
+        def place(batch):
+            return sharding.place_batch(mesh, batch)
+
+        def validate(state):
+            means = evaluate(
+                eval_step, state.params, state.anchor, map(place, validation)
+            )
+            return {f"validation/{key}": value for key, value in means.items()}
+
+        fitted = loop.fit(
+            state,
+            name=name,
+            folder=folder,
+            config=config.loop,
+            step=sharding.compile_train_step(step, mesh, shardings),
+            source=source,
+            place=place,
+            validate=validate,
+            count=count,
+            guard=guard,
+            unit=unit,
+            flops_per_token=_step_flops_per_token(model, anchor),
+        )
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        shardings.params,
+    )
+    trained = loop.restore_params(folder, config.loop, abstract, fitted.best_step)
+    _logger.info("%s: %d steps in %.0f s", name, fitted.steps, fitted.seconds)
+    return trained, fitted
+
+
+def _step_flops_per_token(model: Model, anchor: PyTree) -> float:
+    """Forward and backward of the policy, forward of an anchor that is live."""
+    return model.flops_per_token * (4.0 if jax.tree.leaves(anchor) else 3.0)
