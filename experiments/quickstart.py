@@ -29,43 +29,42 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import json
 import logging
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from experiments.worlds import instructions
+from experiments.worlds import instructions, sections
+from experiments.worlds.pipeline import (
+    Grade,
+    Pipeline,
+    measure_preferences,
+    measure_responses,
+    only_response,
+    sample_pairs,
+    store_anchor,
+)
 from pref_jax import anchors, report, rewards
-from pref_jax.data import anchor_cache, records, rows, sources, templates
-from pref_jax.evals.preference import bootstrap_interval, wins
-from pref_jax.logps import response_scores, token_kl
+from pref_jax.data import records, templates
+from pref_jax.evals.preference import wins
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
-from pref_jax.method import (
-    Method,
-    objective,
-    on_rewards,
-    on_token_logps,
-    token_weight,
-)
+from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
 from pref_jax.models import decoder, pretrained
-from pref_jax.sampling import Samples, SamplingConfig, make_sampler, sample_responses
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
 from pref_jax.train.logging import configure_logging
 from pref_jax.train.loop import LoopConfig, Preempted
 from pref_jax.train.optimizer import OptimizerConfig
-from pref_jax.train.stage import StageConfig, train_stage
-from pref_jax.types import CHOSEN, Model, TokenGroup
+from pref_jax.train.stage import StageConfig
+from pref_jax.types import CHOSEN, REJECTED, TokenGroup
 
-_logger = logging.getLogger("pref_jax.quickstart")
+_logger = logging.getLogger("pref_jax.experiments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Config:
             raise ValueError("`data` needs a tokenizer; give --tokenizer or --model.")
         if self.pair_samples < 2:
             raise ValueError(
-                f"`pair_samples` must be 2 or more; got {self.pair_samples}."
+                f"`pair_samples` must be 2 or more, not {self.pair_samples}."
             )
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive; got {self.beta}.")
@@ -211,7 +210,7 @@ class Task:
     pairs: tuple[list[TokenGroup], list[TokenGroup]] | None
     pair_prompts: tuple[list, list]
     eval_prompts: list
-    grade: Callable[[object, str], dict[str, float]] | None
+    grade: Grade | None
     notes: tuple[str, ...]
 
 
@@ -282,9 +281,9 @@ def make_own_task(config: Config) -> Task:
     if found.num_responses > 2 or not train or not heldout:
         raise ValueError(
             f"{config.data} has {found.num_responses} responses a row, {len(train)} "
-            f"training and {len(heldout)} held-out rows. This experiment takes pairs or "
-            f"demonstrations, and some of both splits; give --heldout FILE if a tenth "
-            f"of the prompts is too few."
+            f"training and {len(heldout)} held-out rows. This experiment takes pairs "
+            f"or demonstrations, and some of both splits; give --heldout FILE if a "
+            f"tenth of the prompts is too few."
         )
     if found.num_responses == 1 and config.grade is None:
         raise ValueError(
@@ -298,7 +297,9 @@ def make_own_task(config: Config) -> Task:
         encoder=encoder,
         vocab_size=len(tokenizer),
         documents=None,
-        demonstrations=tuple([_only(CHOSEN, g) for g in part] for part in row_groups),
+        demonstrations=tuple(
+            [only_response(CHOSEN, g) for g in part] for part in row_groups
+        ),
         pairs=tuple(row_groups) if is_pairs else None,
         pair_prompts=tuple(prompts),
         eval_prompts=prompts[1][: config.num_eval_prompts],
@@ -312,16 +313,6 @@ def _is_heldout(prompt, rate=0.1) -> bool:
     return int.from_bytes(digest, "big") < rate * 2**64
 
 
-def _only(slot: int, group: TokenGroup) -> TokenGroup:
-    return dataclasses.replace(
-        group,
-        responses=(group.responses[slot],),
-        loss_masks=(group.loss_masks[slot],),
-        labels=(1.0,),
-        extras={},
-    )
-
-
 def _load_grade(name: str):
     """The user's function; a plain number becomes {"reward": number}."""
     module, _, function = name.partition(":")
@@ -330,95 +321,10 @@ def _load_grade(name: str):
         grade = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"--grade {name} must name module:function of (prompt, response) -> number, "
-            f"importable from here: {error}"
+            f"--grade {name} must name module:function of (prompt, response) -> "
+            f"number, importable from here: {error}"
         ) from error
     return lambda prompt, response: {"reward": float(grade(prompt, response))}
-
-
-def make_source(groups, config: Config, stage: StageConfig, row_length: int, mesh):
-    """Batches of a stage: exactly `groups_per_step` groups, shuffled by the seed."""
-    return sources.OfflineSource(
-        sources.training_batches(
-            groups,
-            groups_per_step=stage.groups_per_step,
-            num_steps=stage.loop.num_steps,
-            row_length=row_length,
-            seed=config.seed,
-            rows_multiple=sharding.num_row_shards(mesh) * stage.num_microbatches,
-        )
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every stage of a run needs."""
-
-    config: Config
-    folder: pathlib.Path
-    guard: PreemptionGuard
-    task: Task
-    model: Model
-    mesh: jax.sharding.Mesh
-
-    def fit(self, groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], int]:
-        """The groups that fit a row, and its length; what does not is logged."""
-        config = self.config
-        length = config.row_length or max(128, sources.longest_group(groups))
-        fitted, counts = sources.fit_groups(groups, length, policy=config.long_groups)
-        if counts["dropped"] or counts["cut"]:
-            _logger.warning("rows of %d: %s", length, counts)
-        return fitted, length
-
-    def batches(self, groups, row_length, stage: StageConfig):
-        """Every group once, for validation."""
-        return sources.evaluation_batches(
-            groups,
-            groups_per_step=stage.groups_per_step,
-            row_length=row_length,
-            rows_multiple=sharding.num_row_shards(self.mesh),
-        )
-
-    def train(self, name, method, params, groups, heldout, stage: StageConfig, unit):
-        """One stage on groups, with validation on held-out ones."""
-        groups, row_length = self.fit(groups)
-        heldout, heldout_length = self.fit(heldout)
-        return train_stage(
-            name,
-            folder=self.folder / name,
-            config=stage,
-            method=method,
-            model=self.model,
-            params=params,
-            anchor=(),
-            source=make_source(groups, self.config, stage, row_length, self.mesh),
-            validation=self.batches(heldout, heldout_length, stage),
-            count=rows.count_batch,
-            mesh=self.mesh,
-            seed=self.config.seed,
-            guard=self.guard,
-            unit=unit,
-        )
-
-    def sample(self, params, prompts, num_samples: int, *, use: int) -> Samples:
-        """Responses to each prompt at temperature 1; `use` names the draw."""
-        settings = SamplingConfig(
-            num_samples=num_samples, max_new_tokens=self.config.max_new_tokens
-        )
-        encoder = self.task.encoder
-        return sample_responses(
-            make_sampler(self.model, settings, end_ids=encoder.end_ids),
-            params,
-            [encoder.encode_prompt(prompt) for prompt in prompts],
-            key=jax.random.fold_in(jax.random.key(self.config.seed), use),
-            batch_size=min(64, len(prompts)),
-            on_batch=self.check_guard,
-        )
-
-    def check_guard(self, num_done: int) -> None:
-        """Stop between batches when asked to."""
-        if self.guard.requested:
-            raise Preempted(f"stopped after {num_done} prompts, which are not kept")
 
 
 _PAIR_USE, _HELDOUT_USE, _EVAL_USE = 1, 2, 3  # draws that must differ
@@ -440,398 +346,164 @@ def make_model(config: Config, task: Task):
     return model, jax.jit(model.init)(jax.random.key(config.seed))
 
 
-def make_pairs(context: Context, params, prompts, *, use: int, path: pathlib.Path):
-    """Sample, grade, and pair the best with the worst of each prompt.
+def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
+    """All stages and the evaluation; continues what the folder already holds.
 
-    Writes the pairs to `path` as text and ids; reads them back if they are there.
+    Returns:
+      The stages, the measured models, their preferences and the pairs, by name.
     """
-    if not path.exists():
-        config, encoder = context.config, context.task.encoder
-        samples = context.sample(params, prompts, config.pair_samples, use=use)
-        lines = []
-        for i, prompt in enumerate(prompts):
-            ids = [
-                samples.tokens[i, k, : samples.length[i, k]].tolist()
-                for k in np.flatnonzero(samples.ended[i])
-            ]
-            texts = [encoder.decode(response) for response in ids]
-            grades = [context.task.grade(prompt, text)["reward"] for text in texts]
-            if not grades or max(grades) == min(grades):
-                continue  # nothing to prefer
-            best, worst = int(np.argmax(grades)), int(np.argmin(grades))
-            lines.append(
-                {
-                    "prompt": _text(prompt),
-                    "chosen": texts[best],
-                    "rejected": texts[worst],
-                    "rewards": [grades[best], grades[worst]],
-                    "ids": [
-                        encoder.encode_prompt(prompt).tolist(),
-                        ids[best],
-                        ids[worst],
-                    ],
-                }
-            )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(path)
-        _logger.info("%s: %d pairs of %d prompts", path.name, len(lines), len(prompts))
-    groups = []
-    for number, line in enumerate(path.read_text().splitlines()):
-        prompt, *pair = (np.asarray(ids, np.int32) for ids in json.loads(line)["ids"])
-        masks = tuple(np.ones(len(ids), bool) for ids in pair)
-        groups.append(TokenGroup(prompt, tuple(pair), masks, (1.0, 0.0), number))
-    return groups
-
-
-def _text(prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
-
-
-def store_anchor(context: Context, params, groups, stage: StageConfig):
-    """Write the SFT model's token logps into the groups; it may then leave memory."""
-    groups, row_length = context.fit(
-        [dataclasses.replace(group, record=i) for i, group in enumerate(groups)]
-    )
-    with jax.set_mesh(context.mesh):
-        score = jax.jit(functools.partial(response_scores, context.model))
-        return anchor_cache.with_anchor_logps(
-            groups,
-            context.batches(groups, row_length, stage),
-            lambda batch: score(params, sharding.place_batch(context.mesh, batch)).logp,
-        )
-
-
-def run(context: Context, params) -> report.Report:
-    """All stages, the evaluation and the report."""
-    config, task, sft_method = context.config, context.task, make_sft_method()
-    began = time.perf_counter()
+    sft_method, dpo_method = make_sft_method(), make_method(config)
     models, stages = {}, {}
-    if task.documents is not None:
-        params, stages["base"] = context.train(
-            "base", sft_method, params, *task.documents, config.base, "documents"
+
+    def train(name, method, params, groups, stage, unit):
+        models[name], stages[name] = pipeline.train(
+            name, method, params, *groups, stage, unit=unit
         )
+
     models["base"] = params
-    models["SFT"], stages["SFT"] = context.train(
-        "SFT", sft_method, params, *task.demonstrations, config.sft, "demonstrations"
+    if task.documents is not None:
+        train("base", sft_method, params, task.documents, config.base, "documents")
+    train(
+        "SFT",
+        sft_method,
+        models["base"],
+        task.demonstrations,
+        config.sft,
+        "demonstrations",
     )
+    reference = models["SFT"]
     pairs = task.pairs or tuple(
-        make_pairs(context, models["SFT"], prompts, use=use, path=context.folder / name)
+        sample_pairs(
+            pipeline,
+            reference,
+            prompts,
+            task.grade,
+            num_samples=config.pair_samples,
+            use=use,
+            path=pipeline.folder / name,
+        )
         for prompts, use, name in (
             (task.pair_prompts[0], _PAIR_USE, "pairs.jsonl"),
             (task.pair_prompts[1], _HELDOUT_USE, "heldout_pairs.jsonl"),
         )
     )
-    pairs = tuple(store_anchor(context, models["SFT"], p, config.dpo) for p in pairs)
-    models["DPO"], stages["DPO"] = context.train(
-        "DPO", make_method(config), models["SFT"], *pairs, config.dpo, "pairs"
-    )
-    chosen = tuple([_only(CHOSEN, group) for group in part] for part in pairs)
-    control_stage = dataclasses.replace(config.dpo, optimizer=config.sft.optimizer)
-    models["control"], stages["control"] = context.train(
-        "control", sft_method, models["SFT"], *chosen, control_stage, "demonstrations"
-    )
+    pairs = tuple(store_anchor(pipeline, reference, part, config.dpo) for part in pairs)
+    train("DPO", dpo_method, reference, pairs, config.dpo, "pairs")
+    chosen = tuple([only_response(CHOSEN, group) for group in part] for part in pairs)
+    control = dataclasses.replace(config.dpo, optimizer=config.sft.optimizer)
+    train("control", sft_method, reference, chosen, control, "demonstrations")
+
     _logger.info("evaluation on %d held-out prompts", len(task.eval_prompts))
     measured = {
-        name: measure(context, params, models["SFT"]) for name, params in models.items()
-    }
-    accuracy = {
-        name: preference(context, models[name], pairs[1]) for name in ("DPO", "control")
-    }
-    seconds = time.perf_counter() - began
-    return make_report(context, stages, measured, accuracy, pairs, seconds)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One model on the evaluation prompts; N prompts, S responses each.
-
-    Attributes:
-      texts: N lists of S responses.
-      parts: name -> f[N, S], parts of the true reward; empty without a grade.
-      length: i[N, S], tokens, the end token included.
-      ended: bool[N, S].
-      kl: f[N], mean over tokens of the exact KL to the SFT model, nats.
-    """
-
-    texts: list[list[str]]
-    parts: dict[str, np.ndarray]
-    length: np.ndarray
-    ended: np.ndarray
-    kl: np.ndarray
-
-
-def measure(context: Context, params, reference) -> Measured:
-    """Sample, grade, and compare with the reference token by token."""
-    config, task = context.config, context.task
-    samples = context.sample(
-        params, task.eval_prompts, config.eval_samples, use=_EVAL_USE
-    )
-    ids = [
-        [row[k, :n] for k, n in enumerate(lengths)]
-        for row, lengths in zip(samples.tokens, samples.length, strict=True)
-    ]
-    texts = [[task.encoder.decode(response) for response in row] for row in ids]
-    parts = {}
-    if task.grade is not None:
-        grades = [
-            [task.grade(prompt, text) for text in row]
-            for prompt, row in zip(task.eval_prompts, texts, strict=True)
-        ]
-        parts = {
-            name: np.array([[grade[name] for grade in row] for row in grades])
-            for name in grades[0][0]
-        }
-    groups = [
-        TokenGroup(
-            prompt=task.encoder.encode_prompt(prompt),
-            responses=tuple(row),
-            loss_masks=tuple(np.ones(len(response), bool) for response in row),
-            labels=(0.0,) * len(row),
-            record=i,
+        name: measure_responses(
+            pipeline,
+            params,
+            task.eval_prompts,
+            task.grade,
+            reference=reference,
+            num_samples=config.eval_samples,
+            use=_EVAL_USE,
+            stage=config.dpo,
         )
-        for i, (prompt, row) in enumerate(zip(task.eval_prompts, ids, strict=True))
-    ]
-    batches = context.batches(groups, sources.longest_group(groups), config.dpo)
-    with jax.set_mesh(context.mesh):
-        exact_kl = jax.jit(functools.partial(token_kl, context.model))
-        kl = np.zeros(len(groups))
-        for batch in batches:
-            placed = sharding.place_batch(context.mesh, batch)
-            tokens = np.asarray(exact_kl(params, placed, anchor_params=reference))
-            for b in np.flatnonzero(batch.record >= 0):
-                kl[batch.record[b]] = tokens[b].sum() / batch.loss_mask[b].sum()
-    return Measured(texts, parts, samples.length, samples.ended, kl)
-
-
-def preference(context: Context, params, groups) -> dict[str, np.ndarray]:
-    """Implicit rewards on held-out pairs: accuracy and margin of each pair."""
-    groups, row_length = context.fit(groups)
-    method, found = make_method(context.config), {"accuracy": [], "margin": []}
-    with jax.set_mesh(context.mesh):
-
-        @jax.jit
-        def pair_metrics(params, batch):
-            return objective(method, context.model, params, (), batch)[2]
-
-        for batch in context.batches(groups, row_length, context.config.dpo):
-            placed = sharding.place_batch(context.mesh, batch)
-            metrics = pair_metrics(params, placed)
-            real = batch.record >= 0
-            for name, values in found.items():
-                values.extend(np.asarray(metrics[f"rewards/{name}"][0])[real])
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def _estimate(values) -> report.Estimate:
-    return report.Estimate(*bootstrap_interval(values))
-
-
-def make_report(context, stages, measured, accuracy, pairs, seconds) -> report.Report:
-    """Headline, tables, curves and samples of a finished run."""
-    config, task = context.config, context.task
-    names = list(measured)
-    per_prompt = {
-        name: {part: values.mean(axis=1) for part, values in m.parts.items()}
-        for name, m in measured.items()
+        for name, params in models.items()
     }
-    sections = [_stage_table(stages)]
-    cards = []
-    if task.grade is not None:
-        sections.insert(0, _reward_table(per_prompt, names))
-        sections.insert(1, _difference_table(per_prompt))
-        gain = per_prompt["DPO"]["reward"] - per_prompt["SFT"]["reward"]
-        won = wins(per_prompt["DPO"]["reward"], per_prompt["SFT"]["reward"])
+    preferences = measure_preferences(
+        pipeline,
+        dpo_method,
+        {name: models[name] for name in ("DPO", "control")},
+        pairs[1],
+        config.dpo,
+    )
+    return {
+        "stages": stages,
+        "measured": measured,
+        "preferences": preferences,
+        "pairs": pairs,
+    }
+
+
+def make_report(
+    config: Config,
+    task: Task,
+    folder: pathlib.Path,
+    *,
+    stages,
+    measured,
+    preferences,
+    pairs,
+    seconds: float,
+) -> report.Report:
+    """Headline, tables, curves and samples of a finished run."""
+    estimate = sections.estimate
+    cards, tables = [], []
+    missing = ""
+    if task.grade is None:
+        missing = (
+            " True reward and win rate were not measured: they need "
+            "--grade module:function."
+        )
+    else:
+        dpo, sft = (measured[name].per_prompt("reward") for name in ("DPO", "SFT"))
+        won = estimate(wins(dpo, sft))
         cards += [
-            report.Card("DPO's gain in true reward over SFT", _estimate(gain)),
-            report.Card("DPO's win rate over SFT", _estimate(won), percent=True),
+            report.Card("DPO's gain in true reward over SFT", estimate(dpo - sft)),
+            report.Card("DPO's win rate over SFT", won, percent=True, digits=1),
         ]
+        others = ("SFT", "control", "base")
+        tables += [
+            sections.reward_table(measured, against="SFT"),
+            sections.difference_table(measured, "DPO", others),
+        ]
+    accuracy = preferences["DPO"]["accuracy"]
     cards += [
         report.Card(
             "DPO's accuracy on held-out pairs",
-            _estimate(accuracy["DPO"]["accuracy"]),
-            f"{len(accuracy['DPO']['accuracy'])} pairs",
+            estimate(accuracy),
+            f"{len(accuracy)} pairs",
             percent=True,
+            digits=1,
         ),
         report.Card(
-            "DPO's KL to SFT", _estimate(measured["DPO"].kl), "exact", 3, "nats / token"
+            "DPO's KL to SFT", estimate(measured["DPO"].kl), "exact", 3, "nats / token"
         ),
     ]
-    sections += [
-        _behaviour_table(measured, accuracy),
-        _curves(context.folder, list(stages)),
-        _samples(task, measured),
-        report.Text("Data", (*task.notes, *_pair_notes(pairs))),
-        report.Config("Config", dataclasses.asdict(config)),
-    ]
-    grade_note = (
-        ""
-        if task.grade is not None
-        else " True reward and win rate were not measured: they need "
-        "--grade module:function."
-    )
     return report.Report(
         title="SFT, then DPO",
         subtitle="the embedded world" if config.data is None else "your data",
         summary=(
-            f"{len(task.eval_prompts)} held-out prompts, {config.eval_samples} responses "
-            f"each at temperature 1; intervals are 95 % bootstrap intervals over "
-            f"prompts. The control is SFT continued on the chosen responses with DPO's "
-            f"number of updates." + grade_note
+            f"{len(task.eval_prompts)} held-out prompts, {config.eval_samples} "
+            f"responses each at temperature 1; intervals are 95 % bootstrap intervals "
+            f"over prompts. The control is SFT continued on the chosen responses with "
+            f"DPO's number of updates." + missing
         ),
         cards=tuple(cards),
-        sections=tuple(sections),
+        sections=(
+            *tables,
+            sections.behaviour_table(measured, preferences, reference="SFT"),
+            sections.training_curves(folder, list(stages)),
+            sections.sample_table(measured, task.eval_prompts),
+            sections.stage_table(stages),
+            report.Text("Data", (*task.notes, _pair_note(pairs))),
+            report.Config("Config", dataclasses.asdict(config)),
+        ),
         meta={**run_lib.environment(), "duration": seconds},
     )
 
 
-def _reward_table(per_prompt, names) -> report.Table:
-    parts = list(per_prompt["SFT"])
-    table = []
-    for name in names:
-        won = wins(per_prompt[name]["reward"], per_prompt["SFT"]["reward"])
-        cells = [_estimate(per_prompt[name][part]) for part in parts]
-        table.append((name, *cells, None if name == "SFT" else _estimate(won)))
-    return report.Table(
-        "True reward",
-        columns=(
-            report.Column("model"),
-            *(report.Column(part, digits=3) for part in parts),
-            report.Column("win rate over SFT", digits=1, percent=True),
-        ),
-        rows=tuple(table),
-        note="Means over prompts, with 95 % intervals. A tie is half a win.",
-    )
-
-
-def _difference_table(per_prompt) -> report.Table:
-    parts = list(per_prompt["SFT"])
-    return report.Table(
-        "Paired differences in true reward",
-        columns=(
-            report.Column("comparison"),
-            *(report.Column(part, digits=3) for part in parts),
-        ),
-        rows=tuple(
-            (
-                f"DPO - {other}",
-                *(
-                    _estimate(per_prompt["DPO"][part] - per_prompt[other][part])
-                    for part in parts
-                ),
-            )
-            for other in ("SFT", "control", "base")
-        ),
-        note="Paired over prompts. An interval without zero is a difference.",
-    )
-
-
-def _behaviour_table(measured, accuracy) -> report.Table:
-    table = []
-    for name, m in measured.items():
-        pairs = accuracy.get(name)
-        table.append(
-            (
-                name,
-                _estimate(m.length.mean(axis=1)),
-                float(m.ended.mean()),
-                _estimate(m.kl),
-                None if pairs is None else _estimate(pairs["accuracy"]),
-                None if pairs is None else _estimate(pairs["margin"]),
-            )
-        )
-    return report.Table(
-        "Behaviour",
-        columns=(
-            report.Column("model"),
-            report.Column("length", digits=1, unit="tokens"),
-            report.Column("ended", digits=1, percent=True),
-            report.Column("KL to SFT", digits=4, unit="nats / token"),
-            report.Column("preference accuracy", digits=1, percent=True),
-            report.Column("reward margin", digits=3, unit="nats"),
-        ),
-        rows=tuple(table),
-        note="KL is exact, over the whole vocabulary, on the model's own responses. "
-        "Accuracy and margin are of the implicit reward on held-out pairs.",
-    )
-
-
-def _stage_table(stages) -> report.Table:
-    return report.Table(
-        "Stages",
-        columns=(
-            report.Column("stage"),
-            report.Column("updates"),
-            report.Column("best validation at"),
-            report.Column("time", digits=0, unit="s"),
-        ),
-        rows=tuple(
-            (name, fitted.steps, fitted.best_step, float(fitted.seconds))
-            for name, fitted in stages.items()
-        ),
-        note="Time in updates alone: no compilation of samplers, no evaluation.",
-    )
-
-
-def _curves(folder: pathlib.Path, stages) -> report.Curves:
-    panels = []
-    for stage in stages:
-        metrics = report.read_metrics(folder / stage / "metrics.jsonl")
-        for name, label in (
-            ("loss", "loss, nats"),
-            ("rewards/accuracy", "reward accuracy"),
-            ("rewards/margin", "reward margin, nats"),
-        ):
-            series = tuple(
-                report.Series(shown, *(tuple(x.tolist()) for x in metrics[key]))
-                for key, shown in (
-                    (name, "training"),
-                    (f"validation/{name}", "held out"),
-                )
-                if key in metrics
-            )
-            if series:
-                title = f"{stage}: {name.split('/')[-1]}"
-                panels.append(report.Panel(title, "update", label, series))
-    return report.Curves("Training", tuple(panels))
-
-
-def _samples(task: Task, measured, num_shown: int = 8) -> report.Samples:
-    def response(name, i):
-        m = measured[name]
-        verdict, right = "", None
-        if m.parts:
-            scores = {part: values[i, 0] for part, values in m.parts.items()}
-            verdict = ", ".join(f"{part} {value:.2f}" for part, value in scores.items())
-            right = bool(scores["right"]) if "right" in scores else None
-        return report.Response(m.texts[i][0], verdict, right)
-
-    return report.Samples(
-        "Responses side by side",
-        columns=tuple(measured),
-        rows=tuple(
-            report.Sample(_text(prompt), tuple(response(name, i) for name in measured))
-            for i, prompt in enumerate(task.eval_prompts[:num_shown])
-        ),
-        note="The first response of each model to the first held-out prompts.",
-    )
-
-
-def _pair_notes(pairs) -> list[str]:
-    lengths = np.array([[len(r) for r in g.responses] for g in pairs[0]])
-    longer = (lengths[:, 0] > lengths[:, 1]).mean()
+def _pair_note(pairs) -> str:
+    lengths = np.array([[len(r) for r in group.responses] for group in pairs[0]])
     chosen, rejected = lengths.mean(axis=0)
-    return [
-        f"{len(pairs[0])} training and {len(pairs[1])} held-out pairs. Chosen responses "
-        f"have {chosen:.1f} tokens, rejected {rejected:.1f}; chosen is longer in "
-        f"{longer:.0%} of the training pairs."
-    ]
+    longer = (lengths[:, CHOSEN] > lengths[:, REJECTED]).mean()
+    return (
+        f"{len(pairs[0])} training and {len(pairs[1])} held-out pairs. Chosen "
+        f"responses have {chosen:.1f} tokens, rejected {rejected:.1f}; chosen is longer "
+        f"in {longer:.0%} of the training pairs."
+    )
 
 
 def run_config(config: Config) -> pathlib.Path:
     """Run, or continue, the run of a config; returns its report's path."""
+    began = time.perf_counter()
     values = dataclasses.asdict(config)
     with (
         run_lib.open_run(config.root, config=values, name=config.name) as folder,
@@ -842,8 +514,20 @@ def run_config(config: Config) -> pathlib.Path:
         for note in task.notes:
             _logger.info("%s", note)
         model, params = make_model(config, task)
-        context = Context(config, folder, guard, task, model, sharding.make_mesh())
-        finished = run(context, params)
+        pipeline = Pipeline(
+            folder=folder,
+            guard=guard,
+            mesh=sharding.make_mesh(),
+            model=model,
+            encoder=task.encoder,
+            seed=config.seed,
+            row_length=config.row_length,
+            long_groups=config.long_groups,
+            max_new_tokens=config.max_new_tokens,
+        )
+        results = run(config, pipeline, task, params)
+        seconds = time.perf_counter() - began
+        finished = make_report(config, task, folder, **results, seconds=seconds)
         page = folder / "report.html"
         report.write_report(finished, page)
         run_lib.write_json(

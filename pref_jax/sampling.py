@@ -219,7 +219,8 @@ def sample_responses(
             f"sampling needs prompts of at least one token (a BOS will do); got "
             f"{len(lengths)} prompts, {int((lengths < 1).sum())} of them empty."
         )
-    padded = np.zeros((len(prompts), lengths.max()), np.int32)
+    width = -(-lengths.max() // 8) * 8  # few widths, few compilations
+    padded = np.zeros((len(prompts), width), np.int32)
     for i, prompt in enumerate(prompts):
         padded[i, : len(prompt)] = prompt
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(

@@ -1,0 +1,361 @@
+"""What experiments share: stages on groups, sampled pairs, evaluation by sampling.
+
+The rooms of the library do not know each other; experiments are where they meet, and
+this is the meeting that most of them have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from pref_jax.data import anchor_cache, rows, sources
+from pref_jax.data.templates import TextEncoder
+from pref_jax.logps import response_scores, token_kl
+from pref_jax.method import Method, objective
+from pref_jax.sampling import Samples, SamplingConfig, make_sampler, sample_responses
+from pref_jax.train import sharding
+from pref_jax.train.checkpoint import PreemptionGuard
+from pref_jax.train.loop import Fitted, Preempted
+from pref_jax.train.stage import StageConfig, train_stage
+from pref_jax.types import Model, PyTree, TokenGroup
+
+_logger = logging.getLogger("pref_jax.experiments")
+
+Grade = Callable[[object, str], dict[str, float]]
+"""(prompt, response) -> parts of the true reward by name, "reward" among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What every stage of a run needs.
+
+    Attributes:
+      folder: of the run; each stage has one of its own in it.
+      guard: says when to stop.
+      mesh: of `sharding.make_mesh`.
+      model: the functions.
+      encoder: text <-> ids.
+      seed: of data order and sampling.
+      row_length: L, positions; None: the longest group, at least 128.
+      long_groups: policy for groups that are longer than a row.
+      max_new_tokens: of a sampled response.
+    """
+
+    folder: pathlib.Path
+    guard: PreemptionGuard
+    mesh: jax.sharding.Mesh
+    model: Model
+    encoder: TextEncoder
+    seed: int
+    row_length: int | None
+    long_groups: str
+    max_new_tokens: int
+
+    def fit(self, groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], int]:
+        """The groups that fit a row, and its length; what does not is logged."""
+        length = self.row_length or max(128, sources.longest_group(groups))
+        fitted, counts = sources.fit_groups(groups, length, policy=self.long_groups)
+        if counts["dropped"] or counts["cut"]:
+            _logger.warning(
+                "of %(groups)d groups %(dropped)d were dropped and %(cut)d cut to fit "
+                "a row",
+                counts,
+            )
+        return fitted, length
+
+    def batches(self, groups, row_length: int, stage: StageConfig) -> sources.Batches:
+        """Every group once, in order."""
+        return sources.evaluation_batches(
+            groups,
+            groups_per_step=stage.groups_per_step,
+            row_length=row_length,
+            rows_multiple=sharding.num_row_shards(self.mesh),
+        )
+
+    def train(
+        self,
+        name: str,
+        method: Method,
+        params: PyTree,
+        groups: Sequence[TokenGroup],
+        heldout: Sequence[TokenGroup],
+        stage: StageConfig,
+        *,
+        unit: str,
+    ) -> tuple[PyTree, Fitted]:
+        """One stage without a live anchor; validated on the held-out groups."""
+        groups, row_length = self.fit(groups)
+        heldout, heldout_length = self.fit(heldout)
+        batches = sources.training_batches(
+            groups,
+            groups_per_step=stage.groups_per_step,
+            num_steps=stage.loop.num_steps,
+            row_length=row_length,
+            seed=self.seed,
+            rows_multiple=sharding.num_row_shards(self.mesh) * stage.num_microbatches,
+        )
+        return train_stage(
+            name,
+            folder=self.folder / name,
+            config=stage,
+            method=method,
+            model=self.model,
+            params=params,
+            anchor=(),
+            source=sources.OfflineSource(batches),
+            validation=self.batches(heldout, heldout_length, stage),
+            count=rows.count_batch,
+            mesh=self.mesh,
+            seed=self.seed,
+            guard=self.guard,
+            unit=unit,
+        )
+
+    def sample(self, params, prompts, *, num_samples: int, use: int) -> Samples:
+        """Responses to each prompt at temperature 1; `use` names the draw."""
+        settings = SamplingConfig(
+            num_samples=num_samples, max_new_tokens=self.max_new_tokens
+        )
+        return sample_responses(
+            _sampler(self.model, settings, self.encoder.end_ids),
+            params,
+            [self.encoder.encode_prompt(prompt) for prompt in prompts],
+            key=jax.random.fold_in(jax.random.key(self.seed), use),
+            batch_size=min(64, len(prompts)),
+            on_batch=self._check_guard,
+        )
+
+    def _check_guard(self, num_done: int) -> None:
+        if self.guard.requested:
+            raise Preempted(f"stopped after {num_done} prompts, which are not kept")
+
+
+# Compiled functions are kept: a run measures several models of one shape.
+@functools.cache
+def _sampler(model: Model, settings: SamplingConfig, end_ids: tuple[int, ...]):
+    return make_sampler(model, settings, end_ids=end_ids)
+
+
+@functools.cache
+def _compiled(function: Callable, model: Model):
+    return jax.jit(functools.partial(function, model))
+
+
+def prompt_text(prompt) -> str:
+    """A prompt as one string, for files and reports."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
+
+
+def only_response(slot: int, group: TokenGroup) -> TokenGroup:
+    """A demonstration made of one response of a group."""
+    return dataclasses.replace(
+        group,
+        responses=(group.responses[slot],),
+        loss_masks=(group.loss_masks[slot],),
+        labels=(1.0,),
+        extras={},
+    )
+
+
+def sample_pairs(
+    pipeline: Pipeline,
+    params,
+    prompts,
+    grade: Grade,
+    *,
+    num_samples: int,
+    use: int,
+    path: pathlib.Path,
+) -> list[TokenGroup]:
+    """Sample, grade, and pair the best with the worst response of each prompt.
+
+    Responses that were cut off are left out, and so are prompts whose responses all
+    have one grade; both are counted in the log.
+
+    Args:
+      pipeline: the run.
+      params: of the model that answers.
+      prompts: one response list each.
+      grade: the true reward.
+      num_samples: responses to each prompt.
+      use: names the draw.
+      path: file of the pairs, as text and ids. Read back if it is there.
+
+    Returns:
+      Groups of K = 2, numbered as the lines of the file.
+    """
+    if not path.exists():
+        samples = pipeline.sample(params, prompts, num_samples=num_samples, use=use)
+        lines = []
+        for i, prompt in enumerate(prompts):
+            ids = [
+                samples.tokens[i, k, : samples.length[i, k]].tolist()
+                for k in np.flatnonzero(samples.ended[i])
+            ]
+            texts = [pipeline.encoder.decode(response) for response in ids]
+            grades = [grade(prompt, text)["reward"] for text in texts]
+            if not grades or max(grades) == min(grades):
+                continue
+            best, worst = int(np.argmax(grades)), int(np.argmin(grades))
+            prompt_ids = pipeline.encoder.encode_prompt(prompt).tolist()
+            lines.append(
+                {
+                    "prompt": prompt_text(prompt),
+                    "chosen": texts[best],
+                    "rejected": texts[worst],
+                    "rewards": [grades[best], grades[worst]],
+                    "ids": [prompt_ids, ids[best], ids[worst]],
+                }
+            )
+        if not lines:
+            raise ValueError(
+                f"no pair could be made: the responses to each of the {len(prompts)} "
+                f"prompts have one grade, or none ended within "
+                f"{pipeline.max_new_tokens} tokens. Sample more, or allow more tokens."
+            )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(path)
+        _logger.info(
+            "%s: %d pairs of %d prompts; %.1f %% of the samples were cut off",
+            *(path.name, len(lines), len(prompts), 100 * (1 - samples.ended.mean())),
+        )
+    groups = []
+    for number, line in enumerate(path.read_text().splitlines()):
+        prompt, *pair = (np.asarray(ids, np.int32) for ids in json.loads(line)["ids"])
+        masks = tuple(np.ones(len(ids), bool) for ids in pair)
+        groups.append(TokenGroup(prompt, tuple(pair), masks, (1.0, 0.0), number))
+    return groups
+
+
+def store_anchor(
+    pipeline: Pipeline, params, groups, stage: StageConfig
+) -> list[TokenGroup]:
+    """Write a model's token logps into groups; it may then leave memory."""
+    groups, row_length = pipeline.fit(
+        [dataclasses.replace(group, record=i) for i, group in enumerate(groups)]
+    )
+    with jax.set_mesh(pipeline.mesh):
+        score = _compiled(response_scores, pipeline.model)
+        return anchor_cache.with_anchor_logps(
+            groups,
+            pipeline.batches(groups, row_length, stage),
+            lambda batch: (
+                score(params, sharding.place_batch(pipeline.mesh, batch)).logp
+            ),
+        )
+
+
+def measure_preferences(
+    pipeline: Pipeline,
+    method: Method,
+    models: Mapping[str, PyTree],
+    groups: Sequence[TokenGroup],
+    stage: StageConfig,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Accuracy and margin of each model's rewards on each of some pairs.
+
+    Returns:
+      {model: {"accuracy": f[N], "margin": f[N]}}.
+    """
+    groups, row_length = pipeline.fit(groups)
+    batches = pipeline.batches(groups, row_length, stage)
+    pair_metrics = jax.jit(functools.partial(_metrics, method, pipeline.model))
+    found = {name: {"accuracy": [], "margin": []} for name in models}
+    with jax.set_mesh(pipeline.mesh):
+        for batch in batches:
+            placed, real = sharding.place_batch(pipeline.mesh, batch), batch.record >= 0
+            for name, params in models.items():
+                metrics = pair_metrics(params, placed)
+                for key, values in found[name].items():
+                    values.extend(np.asarray(metrics[f"rewards/{key}"][0])[real])
+    return {
+        name: {key: np.array(values) for key, values in by_key.items()}
+        for name, by_key in found.items()
+    }
+
+
+def _metrics(method, model, params, batch):
+    return objective(method, model, params, (), batch)[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model on the evaluation prompts; N prompts, S responses each.
+
+    Attributes:
+      texts: N lists of S responses.
+      parts: name -> f[N, S], parts of the true reward; empty without a grade.
+      length: i[N, S], tokens, the end token included.
+      ended: bool[N, S].
+      kl: f[N], mean over tokens of the exact KL to the reference, nats.
+    """
+
+    texts: list[list[str]]
+    parts: dict[str, np.ndarray]
+    length: np.ndarray
+    ended: np.ndarray
+    kl: np.ndarray
+
+    def per_prompt(self, part: str) -> np.ndarray:
+        """Mean of one part over the responses to each prompt, f[N]."""
+        return self.parts[part].mean(axis=1)
+
+
+def measure_responses(
+    pipeline: Pipeline,
+    params,
+    prompts,
+    grade: Grade | None,
+    *,
+    reference,
+    num_samples: int,
+    use: int,
+    stage: StageConfig,
+) -> Measured:
+    """Sample, grade, and compare with a reference model token by token."""
+    samples = pipeline.sample(params, prompts, num_samples=num_samples, use=use)
+    ids = [
+        [row[k, :n] for k, n in enumerate(lengths)]
+        for row, lengths in zip(samples.tokens, samples.length, strict=True)
+    ]
+    texts = [[pipeline.encoder.decode(response) for response in row] for row in ids]
+    parts = {}
+    if grade is not None:
+        grades = [
+            [grade(prompt, text) for text in row]
+            for prompt, row in zip(prompts, texts, strict=True)
+        ]
+        parts = {
+            name: np.array([[g[name] for g in row] for row in grades])
+            for name in grades[0][0]
+        }
+    groups = [
+        TokenGroup(
+            prompt=pipeline.encoder.encode_prompt(prompt),
+            responses=tuple(row),
+            loss_masks=tuple(np.ones(len(response), bool) for response in row),
+            labels=(0.0,) * len(row),
+            record=i,
+        )
+        for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
+    ]
+    kl = np.zeros(len(groups))
+    with jax.set_mesh(pipeline.mesh):
+        exact_kl = _compiled(token_kl, pipeline.model)
+        for batch in pipeline.batches(groups, sources.longest_group(groups), stage):
+            placed = sharding.place_batch(pipeline.mesh, batch)
+            tokens = np.asarray(exact_kl(params, placed, anchor_params=reference))
+            for b in np.flatnonzero(batch.record >= 0):
+                kl[batch.record[b]] = tokens[b].sum() / batch.loss_mask[b].sum()
+    return Measured(texts, parts, samples.length, samples.ended, kl)
