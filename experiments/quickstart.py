@@ -50,7 +50,7 @@ from experiments.worlds.pipeline import (
 )
 from pref_jax import anchors, report, rewards
 from pref_jax.data import records, templates
-from pref_jax.evals.preference import wins
+from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
 from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
@@ -72,7 +72,7 @@ class DecoderSizes:
     """The fresh decoder; with `--model` only how it computes."""
 
     width: int = 128  # ours
-    num_layers: int = 6  # ours: about 1.3 M parameters in all
+    num_layers: int = 5  # ours: about 1.1 M parameters in all
     num_heads: int = 4  # ours
     num_kv_heads: int = 4  # ours
     mlp_width: int = 384  # ours
@@ -101,9 +101,9 @@ class Config:
     long_groups: str = "drop"  # longer than a row: drop, keep_start or keep_end
     world: instructions.World = instructions.World()
     decoder: DecoderSizes = DecoderSizes()
-    num_documents: int = 30_000  # to pre-train on; ours
-    num_demonstrations: int = 6_000  # ours
-    num_pair_prompts: int = 1_200  # prompts that pairs are sampled for; ours
+    num_documents: int = 20_000  # to pre-train on; ours
+    num_demonstrations: int = 12_000  # ours
+    num_pair_prompts: int = 2_000  # prompts that pairs are sampled for; ours
     pair_samples: int = 8  # responses sampled for each of them; ours
     beta: float = 0.1  # reward per nat; DPO, section 6
     num_eval_prompts: int = 400  # held out; ours
@@ -144,9 +144,9 @@ def _stage(num_steps, groups, rate, *, every, best=None, patience=None, warmup=2
 
 
 SMALL = Config(
-    base=_stage(1500, 64, 3e-3, every=250, warmup=50),
-    sft=_stage(500, 64, 1e-3, every=50, best="validation/loss", patience=3),
-    dpo=_stage(150, 32, 2e-4, every=50),
+    base=_stage(1200, 32, 2e-3, every=300, warmup=50),
+    sft=_stage(500, 48, 1e-3, every=50, best="validation/loss", patience=3),
+    dpo=_stage(120, 32, 5e-5, every=40),
 )
 SMOKE = dataclasses.replace(
     SMALL,
@@ -422,6 +422,36 @@ def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
     }
 
 
+def summarise(*, stages, measured, preferences, pairs) -> dict:
+    """The numbers of a run for its record: each a mean and its 95 % interval."""
+    models = {}
+    for name, m in measured.items():
+        models[name] = {
+            part: bootstrap_interval(m.per_prompt(part)) for part in m.parts
+        }
+        models[name]["length_tokens"] = bootstrap_interval(m.length.mean(axis=1))
+        models[name]["kl"] = bootstrap_interval(m.kl)
+    dpo = measured["DPO"]
+    return {
+        "models": models,
+        "differences": {
+            other: {
+                part: bootstrap_interval(
+                    dpo.per_prompt(part) - measured[other].per_prompt(part)
+                )
+                for part in dpo.parts
+            }
+            for other in ("SFT", "control")
+        },
+        "preferences": {
+            name: {key: bootstrap_interval(values) for key, values in found.items()}
+            for name, found in preferences.items()
+        },
+        "pairs": [len(part) for part in pairs],
+        "steps": {name: fitted.steps for name, fitted in stages.items()},
+    }
+
+
 def make_report(
     config: Config,
     task: Task,
@@ -496,8 +526,8 @@ def _pair_note(pairs) -> str:
     longer = (lengths[:, CHOSEN] > lengths[:, REJECTED]).mean()
     return (
         f"{len(pairs[0])} training and {len(pairs[1])} held-out pairs. Chosen "
-        f"responses have {chosen:.1f} tokens, rejected {rejected:.1f}; chosen is longer "
-        f"in {longer:.0%} of the training pairs."
+        f"responses have {chosen:.1f} tokens, rejected {rejected:.1f}; in {longer:.0%} "
+        f"of the training pairs the chosen one is longer."
     )
 
 
@@ -530,10 +560,15 @@ def run_config(config: Config) -> pathlib.Path:
         finished = make_report(config, task, folder, **results, seconds=seconds)
         page = folder / "report.html"
         report.write_report(finished, page)
-        run_lib.write_json(
-            folder / run_lib.RECORD_FILE,
-            {"experiment": "quickstart", "report": report.to_json(finished)},
-        )
+        record = {
+            "experiment": "quickstart",
+            "results": summarise(**results),
+            "config": values,
+            "environment": run_lib.environment(),
+            "seconds": seconds,
+            "report": report.to_json(finished),
+        }
+        run_lib.write_json(folder / run_lib.RECORD_FILE, record)
         return page
 
 

@@ -420,8 +420,8 @@ def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
     for row in demonstrations(world, _NUM_TOKENIZER_TEXTS, seed=0):
         texts.append(row["prompt"] + row["response"])
     pieces = {piece for text in texts for piece, _ in byte_level.pre_tokenize_str(text)}
-    # Bytes are the fallback for all else: among them, every mark and the single letter.
-    words = sorted(p for p in pieces if p.lstrip("Ġ").isascii() and len(p) > 1)
+    # Marks stay bytes: a piece of several could end the prompt and open the response.
+    words = sorted(p for p in pieces if p.lstrip("Ġ").isalpha() and len(p) > 1)
     tokens = [END_TOKEN, *sorted(byte_level.alphabet()), *words]
     # Without merges a piece is looked up whole, and spelt in bytes if it is not there.
     model = models.BPE(

@@ -31,9 +31,9 @@ def nll_loss(token_logps, *, where=None):
     [0.5, 0.0]
     """
     checks.check_floating("token_logps", token_logps)
-    token_logps = jnp.asarray(token_logps).astype(jnp.float32)
+    loss = -jnp.asarray(token_logps).astype(jnp.float32)
     if where is not None:
         checks.check_bool("where", where)
-        checks.check_broadcast("where", where, to=token_logps.shape, of="token_logps")
-        token_logps = jnp.where(where, token_logps, 0.0)
-    return -token_logps, {}
+        checks.check_broadcast("where", where, to=loss.shape, of="token_logps")
+        loss = jnp.where(where, loss, 0.0)
+    return loss, {}

@@ -107,6 +107,11 @@ def _normal(rngs, shape, std):
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def _with_leading_axes(x, ndim):
+    """A vector as [1, ..., 1, n], so that it multiplies without rank promotion."""
+    return x.reshape((1,) * (ndim - 1) + x.shape)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, in float32."""
 
@@ -119,8 +124,8 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean + self.eps)
-        scale = self.scale[...].astype(jnp.float32)
-        return jnp.einsum("...d,d->...d", normed, scale).astype(x.dtype)
+        scale = _with_leading_axes(self.scale[...].astype(jnp.float32), x.ndim)
+        return (normed * scale).astype(x.dtype)
 
 
 def rotate(x, position, theta):
@@ -135,7 +140,8 @@ def rotate(x, position, theta):
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.einsum("...,f->...f", position.astype(jnp.float32), frequency)
+    frequency = _with_leading_axes(frequency, position.ndim + 1)
+    angle = position.astype(jnp.float32)[..., None] * frequency
     sin, cos = jnp.sin(angle)[..., None, :], jnp.cos(angle)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = [first * cos - second * sin, second * cos + first * sin]
@@ -281,10 +287,10 @@ def make_decoder(config: DecoderConfig) -> Model:
     >>> config = DecoderConfig(vocab_size=7, width=8, num_layers=2, num_heads=2,
     ...                        num_kv_heads=1, head_dim=4, mlp_width=16)
     >>> model = make_decoder(config)
-    >>> params = model.init(jax.random.key(0))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> tokens = jnp.array([[1, 2, 3]])
     >>> position = jnp.arange(3)[None]
-    >>> model.hidden(params, tokens, position, jnp.full((1, 3), 3)).shape
+    >>> jax.jit(model.hidden)(params, tokens, position, jnp.full((1, 3), 3)).shape
     (1, 3, 8)
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: _build(config, 0)))

@@ -50,7 +50,9 @@ class Checkpoints:
     >>> with Checkpoints(tempfile.mkdtemp() + "/checkpoints") as checkpoints:
     ...     checkpoints.save(10, {"w": jnp.ones(3)}, meta={"rows_read": 640})
     ...     restored = checkpoints.restore({"w": jnp.zeros(3)})
+    ...     print(checkpoints.restore(jnp.zeros(3), field="w"))  # of all fields, this
     ...     print(restored["w"], checkpoints.latest_step(), checkpoints.restore_meta())
+    [1. 1. 1.]
     [1. 1. 1.] 10 {'rows_read': 640}
     """
 
@@ -177,8 +179,6 @@ class Checkpoints:
           ValueError: the checkpoint holds other leaves, shapes or dtypes, or a leaf of
             `abstract_state` has no sharding.
           TypeError: a leaf of `abstract_state` does not describe an array.
-
-        >>> params = checkpoints.restore(params, field="params")  # doctest: +SKIP
         """
         wanted = abstract_state if field is None else {field: abstract_state}
         needed = _describe_leaves(wanted)

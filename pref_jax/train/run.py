@@ -128,8 +128,8 @@ def _claim(stack, root, config, name) -> pathlib.Path:
             changed = _differences(_read_config(folder), config)
             if changed:
                 raise RunFolderError(
-                    f"run {folder} was started with another config: {changed}. Continue "
-                    f"it with its own, or give another --name."
+                    f"run {folder} was started with another config: {changed}. "
+                    f"Continue it with its own, or give another --name."
                 )
         if not _lock(stack, folder):
             raise RunFolderError(f"run {folder} is in use by another process.")

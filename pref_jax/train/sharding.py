@@ -50,7 +50,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if data == -1:
-        sizes["data"] = len(devices) // (fsdp * tensor)
+        sizes["data"] = len(devices) // max(1, fsdp * tensor)
     if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != len(devices):
         raise ValueError(
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use "

@@ -1,0 +1,420 @@
+"""Speed and memory, two ways of doing one thing side by side: one JSON line a case.
+
+    python scripts/benchmark.py
+    python scripts/benchmark.py --cases scoring sampler --calls 20
+    python scripts/benchmark.py --pairs train.jsonl.gz --tokenizer DIR --write records
+
+Machines are noisy, so a case runs its variants in turn (A B A B ...) and gives the
+ratio of medians; seconds of one run are not to be compared with seconds of another.
+
+    scoring       token logps with gradient: chunked against dense logits
+    dpo_pairs     a DPO step on rows against the padded [2B, T] layout, with the lengths
+                  of `--pairs`, else drawn (log-normal, means 56 + 98 / 95 tokens)
+    dpo_long      the same with 768-token prompts and two 128-token responses
+    sampler       tokens per second of the sampler, K samples of a prompt kept once,
+                  against the prompt repeated K times
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from pref_jax import anchors, rewards
+from pref_jax.data import records, rows, sources, templates
+from pref_jax.logps import token_stats
+from pref_jax.losses.pairwise import dpo_loss, logistic_loss
+from pref_jax.method import Method, on_rewards
+from pref_jax.models.decoder import DecoderConfig, make_decoder
+from pref_jax.sampling import SamplingConfig, make_sampler
+from pref_jax.train.run import environment, write_json
+from pref_jax.train.state import init_state
+from pref_jax.train.step import make_train_step
+from pref_jax.types import TokenGroup
+
+_logger = logging.getLogger("pref_jax.benchmark")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure, and on which shapes."""
+
+    cases: tuple[str, ...] = ("scoring", "dpo_pairs", "dpo_long", "sampler")
+    calls: int = 20  # timed calls of each variant, in turn
+    vocab_size: int = 8192  # V
+    width: int = 128  # D
+    num_layers: int = 4
+    groups_per_step: int = 8  # pairs of a DPO step
+    num_batches: int = 8  # different batches of a DPO case
+    beta: float = 0.1  # reward per nat
+    dtype: str = "float32"  # of matrix products
+    pairs: str | None = None  # .jsonl of pairs, whose lengths are used
+    tokenizer: str | None = None  # folder, for `pairs`
+    write: str | None = None  # folder for NAME.json of each case
+    seed: int = 0
+
+    def __post_init__(self):
+        unknown = sorted(set(self.cases) - set(CASES))
+        if unknown:
+            raise ValueError(
+                f"`cases` may name {', '.join(CASES)}; got {', '.join(unknown)}."
+            )
+        if self.calls < 20:
+            raise ValueError(f"`calls` must be at least 20; got {self.calls}.")
+        if (self.pairs is None) != (self.tokenizer is None):
+            raise ValueError("`pairs` and `tokenizer` belong together; give both.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way of doing the work of a case.
+
+    Attributes:
+      name: of the way.
+      function: to be compiled.
+      arguments: one tuple a call, used in turn.
+      count: what one call of each argument tuple achieves, such as its tokens.
+      shape: what to print of its arrays.
+    """
+
+    name: str
+    function: Callable
+    arguments: list[tuple]
+    count: list[dict[str, int]]
+    shape: str
+
+
+def measure(name: str, variants: list[Variant], config: Config) -> dict:
+    """Compile, warm up, run the variants in turn; times, rates, bytes and ratios."""
+    results, compiled = {}, {}
+    for variant in variants:
+        began = time.perf_counter()
+        compiled[variant.name] = (
+            jax.jit(variant.function).lower(*variant.arguments[0]).compile()
+        )
+        memory = compiled[variant.name].memory_analysis()
+        results[variant.name] = {
+            "shape": variant.shape,
+            "compile_seconds": round(time.perf_counter() - began, 3),
+            "temp_bytes": memory.temp_size_in_bytes if memory else None,
+        }
+        jax.block_until_ready(compiled[variant.name](*variant.arguments[0]))
+    seconds = {variant.name: [] for variant in variants}
+    for call in range(config.calls):
+        for variant in variants:
+            arguments = variant.arguments[call % len(variant.arguments)]
+            began = time.perf_counter()
+            jax.block_until_ready(compiled[variant.name](*arguments))
+            seconds[variant.name].append(time.perf_counter() - began)
+    for variant in variants:
+        times = np.array(seconds[variant.name])
+        low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
+        result = results[variant.name]
+        result |= {
+            "median_seconds": round(float(median), 6),
+            "iqr_seconds": [round(float(low), 6), round(float(high), 6)],
+        }
+        for key in variant.count[0]:
+            done = sum(
+                variant.count[call % len(variant.count)][key]
+                for call in range(config.calls)
+            )
+            result[f"{key}_rate"] = round(done / float(times.sum()), 3)
+    first, second = (results[variant.name] for variant in variants[:2])
+    line = {
+        "name": name,
+        "dtype": config.dtype,
+        "calls": config.calls,
+        "variants": results,
+        "time_ratio": round(second["median_seconds"] / first["median_seconds"], 3),
+        "temp_bytes_ratio": _ratio(second["temp_bytes"], first["temp_bytes"]),
+        "ratio_is": f"{variants[1].name} / {variants[0].name}",
+        "environment": environment(),
+    }
+    return line
+
+
+def _ratio(a, b):
+    return round(a / b, 3) if a and b else None
+
+
+def _model(config: Config):
+    sizes = DecoderConfig(
+        vocab_size=config.vocab_size,
+        width=config.width,
+        num_layers=config.num_layers,
+        num_heads=config.width // 32,
+        num_kv_heads=config.width // 32,
+        head_dim=32,
+        mlp_width=3 * config.width,
+        dtype=config.dtype,
+    )
+    model = make_decoder(sizes)
+    return model, jax.jit(model.init)(jax.random.key(config.seed))
+
+
+def scoring(config: Config) -> list[Variant]:
+    """Value and gradient of the mean logp of every position."""
+    num_rows, row_length, width = 4, 512, config.width
+    rng = np.random.default_rng(config.seed)
+    hidden = jnp.asarray(rng.normal(size=(num_rows, row_length, width)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(size=(config.vocab_size, width)), jnp.float32)
+    shape = (num_rows, row_length)
+    targets = jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
+    predict = jnp.broadcast_to(jnp.arange(row_length), shape)
+    dtype = config.dtype
+
+    def chunked(hidden, matrix):
+        stats = token_stats(hidden.astype(dtype), matrix, targets, predict)
+        return stats["logp"].mean()
+
+    def dense(hidden, matrix):
+        logits = jnp.einsum(
+            "gld,vd->glv",
+            hidden.astype(dtype),
+            matrix.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        logps = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(logps, targets[..., None], axis=-1).mean()
+
+    count = [{"tokens": num_rows * row_length}]
+    text = f"[{num_rows}, {row_length}, {width}] x [{config.vocab_size}, {width}]"
+    return [
+        Variant(
+            function.__name__,
+            jax.value_and_grad(function, argnums=(0, 1)),
+            [(hidden, matrix)],
+            count,
+            text,
+        )
+        for function in (chunked, dense)
+    ]
+
+
+def _random_group(rng, config, record, prompt, responses) -> TokenGroup:
+    draw = functools.partial(rng.integers, 1, config.vocab_size, dtype=np.int32)
+    return TokenGroup(
+        prompt=draw(prompt),
+        responses=tuple(draw(n) for n in responses),
+        loss_masks=tuple(np.ones(n, bool) for n in responses),
+        labels=(1.0, 0.0),
+        record=record,
+    )
+
+
+def _pair_lengths(config: Config) -> list[tuple[int, tuple[int, int]]]:
+    num = config.groups_per_step * config.num_batches
+    if config.pairs is not None:
+        encoder = templates.TextEncoder(templates.load_tokenizer(config.tokenizer))
+        found = records.read_jsonl(config.pairs)
+        picked = np.random.default_rng(config.seed).permutation(len(found))[:num]
+        groups = [encoder.encode(found[int(i)]) for i in picked]
+        return [(len(g.prompt), tuple(map(len, g.responses))) for g in groups]
+    rng = np.random.default_rng(config.seed)
+    means = np.log(np.array([56, 98, 95])) - 0.5 * 0.45**2
+    drawn = np.exp(rng.normal(means, 0.45, (num, 3))).round().astype(int).clip(2, 400)
+    return [(int(p), (int(a), int(b))) for p, a, b in drawn]
+
+
+def dpo_pairs(config: Config) -> list[Variant]:
+    """A DPO step on pairs of real or drawn lengths."""
+    return _dpo_variants(config, _pair_lengths(config))
+
+
+def dpo_long(config: Config) -> list[Variant]:
+    """A DPO step on long prompts with short responses."""
+    num = config.groups_per_step * config.num_batches
+    return _dpo_variants(config, [(768, (128, 128))] * num)
+
+
+def _dpo_variants(config: Config, lengths) -> list[Variant]:
+    rng = np.random.default_rng(config.seed)
+    groups = [
+        _random_group(rng, config, i, prompt, responses)
+        for i, (prompt, responses) in enumerate(lengths)
+    ]
+    model, params = _model(config)
+    optimizer = optax.sgd(1e-4)
+    # The anchor's logps are stored in both layouts: only the layout differs.
+    groups = [
+        dataclasses.replace(
+            group,
+            extras={
+                "anchor_logps": tuple(
+                    np.full(len(r), -np.log(config.vocab_size), np.float32)
+                    for r in group.responses
+                )
+            },
+        )
+        for group in groups
+    ]
+    batches = sources.evaluation_batches(
+        groups,
+        groups_per_step=config.groups_per_step,
+        row_length=sources.longest_group(groups),
+    )
+    method = Method(
+        name="DPO",
+        anchor=anchors.fixed(),
+        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
+        loss=on_rewards(logistic_loss),
+    )
+    state = init_state(params, optimizer, rng=jax.random.key(0))
+    step = make_train_step(method, model, optimizer)
+    packed = [batches[i] for i in range(len(batches))]
+    counts = [
+        {
+            "pairs": rows.count_batch(batch)["examples"],
+            "real_tokens": int(
+                sum(lengths[i][0] + sum(lengths[i][1]) for i in batches.indices(number))
+            ),
+        }
+        for number, batch in enumerate(packed)
+    ]
+    longest = max(p + max(r) for p, r in lengths)
+    padded = [
+        _pad_batch([groups[i] for i in batches.indices(n)], longest)
+        for n in range(len(batches))
+    ]
+
+    def padded_step(state, batch):
+        def loss(params):
+            logps = _padded_logps(model, params, batch)
+            logps, anchor = logps.sum(-1), batch["anchor_logps"].sum(-1)
+            entries, _ = dpo_loss(logps.T, anchor_logps=anchor.T, beta=config.beta)
+            return entries.mean()
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), value
+
+    place = functools.partial(jax.tree.map, jnp.asarray)
+    return [
+        Variant(
+            "rows",
+            step,
+            [(state, place(batch)) for batch in packed],
+            counts,
+            f"[{packed[0].tokens.shape[0]}, {packed[0].tokens.shape[1]}]",
+        ),
+        Variant(
+            "padded",
+            padded_step,
+            [(state, place(batch)) for batch in padded],
+            counts,
+            f"[{2 * config.groups_per_step}, {longest}]",
+        ),
+    ]
+
+
+def _pad_batch(groups, length) -> dict[str, np.ndarray]:
+    """One response a row, the prompt repeated: chosen rows, then rejected rows."""
+    pairs = [(group, k) for k in range(2) for group in groups]
+    shape = (len(pairs), length)
+    batch = {
+        "tokens": np.zeros(shape, np.int32),
+        "targets": np.zeros(shape, np.int32),
+        "predict": np.full(
+            (shape[0], max(len(g.responses[k]) for g, k in pairs)), -1, np.int32
+        ),
+        "length": np.zeros(shape[0], np.int32),
+    }
+    batch["anchor_logps"] = np.zeros((2, len(groups), batch["predict"].shape[1]))
+    for i, (group, k) in enumerate(pairs):
+        ids = np.concatenate([group.prompt, group.responses[k]])
+        n, first = len(group.responses[k]), len(group.prompt) - 1
+        batch["tokens"][i, : len(ids)] = ids
+        batch["targets"][i, : len(ids) - 1] = ids[1:]
+        batch["predict"][i, :n] = first + np.arange(n)
+        batch["length"][i] = len(ids)
+        stored = group.extras["anchor_logps"][k]
+        batch["anchor_logps"][k, i % len(groups), :n] = stored
+    batch["anchor_logps"] = batch["anchor_logps"].astype(np.float32)
+    return batch
+
+
+def _padded_logps(model, params, batch):
+    """f32[2, B, T] of the padded layout, by the same model and scoring."""
+    index = jnp.arange(batch["tokens"].shape[1])
+    position = jnp.broadcast_to(index, batch["tokens"].shape)
+    real = index[None] < batch["length"][:, None]
+    end = jnp.where(real, batch["length"][:, None], index[None] + 1)
+    hidden = model.hidden(params, batch["tokens"], position, end)
+    stats = token_stats(
+        hidden, model.unembedding(params), batch["targets"], batch["predict"]
+    )
+    return stats["logp"].reshape(2, -1, batch["predict"].shape[1])
+
+
+def sampler(config: Config) -> list[Variant]:
+    """K samples of each prompt: the prompt kept once, or repeated."""
+    model, params = _model(config)
+    num_prompts, prompt_length, num_samples, num_steps = 4, 256, 8, 64
+    rng = np.random.default_rng(config.seed)
+    prompts = rng.integers(1, config.vocab_size, (num_prompts, prompt_length))
+    prompts = jnp.asarray(prompts, jnp.int32)
+    count = [{"tokens": num_prompts * num_samples * num_steps}]
+
+    def arguments(prompts):
+        length = jnp.full(len(prompts), prompt_length, jnp.int32)
+        keys = jax.random.split(jax.random.key(config.seed), len(prompts))
+        return [(params, prompts, length, keys)]
+
+    def sampler_of(num_samples):
+        settings = SamplingConfig(num_samples=num_samples, max_new_tokens=num_steps)
+        return make_sampler(model, settings, end_ids=())
+
+    return [
+        Variant(
+            "prompt once",
+            sampler_of(num_samples),
+            arguments(prompts),
+            count,
+            f"{num_prompts} prompts of {prompt_length}, {num_samples} x {num_steps}",
+        ),
+        Variant(
+            "prompt repeated",
+            sampler_of(1),
+            arguments(jnp.repeat(prompts, num_samples, axis=0)),
+            count,
+            f"{num_prompts * num_samples} prompts of {prompt_length}, 1 x {num_steps}",
+        ),
+    ]
+
+
+CASES = {
+    "scoring": scoring,
+    "dpo_pairs": dpo_pairs,
+    "dpo_long": dpo_long,
+    "sampler": sampler,
+}
+
+
+def main() -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    config = tyro.cli(Config, description=__doc__)
+    for name in config.cases:
+        line = measure(name, CASES[name](config), config)
+        print(json.dumps(line), flush=True)
+        if config.write is not None:
+            folder = pathlib.Path(config.write)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"benchmark_{name}.json", line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Run records -> tables: every figure in README and docs is written by this script.
+
+    python scripts/tables.py                         rewrite the tables
+    python scripts/tables.py --check                 fail if a table is not up to date
+    python scripts/tables.py --add runs/quickstart/001 --name quickstart_seed0
+                                                     keep a run's record, then rewrite
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in README.md
+or a page of docs/; NAME is one of `TABLES` below. Records are small JSON files in
+docs/records: numbers, config, versions; no paths and no host names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORDS = "docs/records"
+_KEPT = ("experiment", "results", "config", "environment", "seconds")
+_SLOT = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def read_records(root: pathlib.Path) -> dict[str, dict]:
+    """Name -> record, of all files in docs/records."""
+    files = sorted((root / RECORDS).glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+def add_record(root: pathlib.Path, run: pathlib.Path, name: str) -> None:
+    """Keep the numbers of a finished run.
+
+    Raises:
+      ValueError: the run is not finished, or its record lacks a part.
+    """
+    path = run / "record.json"
+    if not path.is_file():
+        raise ValueError(f"{run} has no record.json; finish the run first.")
+    record = json.loads(path.read_text())
+    missing = [key for key in _KEPT if key not in record]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it cannot be kept.")
+    kept = {key: record[key] for key in _KEPT}
+    target = root / RECORDS / f"{name}.json"
+    target.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def markdown(columns, rows) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _interval(values, digits: int = 3) -> str:
+    mean, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def _quickstarts(records) -> list[dict]:
+    found = [r for name, r in records.items() if name.startswith("quickstart_seed")]
+    return sorted(found, key=lambda record: record["config"]["seed"])
+
+
+def quickstart_differences(records) -> str:
+    """DPO against SFT and the control, seed by seed."""
+    runs = _quickstarts(records)
+    if not runs:
+        return "not run\n"
+    rows = []
+    for record in runs:
+        results = record["results"]
+        models, differences = results["models"], results["differences"]
+        rows.append(
+            [
+                record["config"]["seed"],
+                *(f"{models[m]['right'][0]:.3f}" for m in ("SFT", "control", "DPO")),
+                _interval(differences["SFT"]["right"]),
+                _interval(differences["control"]["right"]),
+                _interval(differences["SFT"]["reward"]),
+                _interval(models["DPO"]["kl"]),
+            ]
+        )
+    above = [
+        sum(r["results"]["differences"][other]["right"][1] > 0 for r in runs)
+        for other in ("SFT", "control")
+    ]
+    columns = [
+        "seed",
+        "right, SFT",
+        "right, control",
+        "right, DPO",
+        "DPO - SFT, right",
+        "DPO - control, right",
+        "DPO - SFT, reward",
+        "KL(DPO, SFT), nats / token",
+    ]
+    return (
+        markdown(columns, rows)
+        + f"\nDPO's `right` is above SFT's, the interval excluding zero, in {above[0]} "
+        f"of {len(runs)} seeds, and above the control's in {above[1]} of {len(runs)}.\n"
+    )
+
+
+def quickstart_models(records) -> str:
+    """Means over seeds of every measured part, by model."""
+    runs = _quickstarts(records)
+    if not runs:
+        return "not run\n"
+    parts = list(runs[0]["results"]["models"]["SFT"])
+    rows = []
+    for model in runs[0]["results"]["models"]:
+        means = [
+            [record["results"]["models"][model][part][0] for record in runs]
+            for part in parts
+        ]
+        rows.append([model, *(f"{sum(m) / len(m):.3f}" for m in means)])
+    return markdown(["model", *parts], rows) + f"\nMeans over {len(runs)} seeds.\n"
+
+
+def quickstart_setting(records) -> str:
+    """How the records were made."""
+    runs = _quickstarts(records)
+    if not runs:
+        return "not run\n"
+    minutes = [record["seconds"] / 60 for record in runs]
+    first = runs[0]["environment"]
+    commits = sorted({record["environment"]["commit"][:12] for record in runs})
+    return (
+        f"{len(runs)} seeds, run once each; commit {', '.join(commits)}; jax "
+        f"{first['versions']['jax']} on {first['device']}; {min(minutes):.1f} to "
+        f"{max(minutes):.1f} minutes each.\n"
+    )
+
+
+def benchmarks(records) -> str:
+    """Ratios of the benchmark cases."""
+    rows = []
+    for name, record in records.items():
+        if not name.startswith("benchmark_"):
+            continue
+        first, second = record["variants"].items()
+        rates = [key for key in first[1] if key.endswith("_rate")]
+        rows.append(
+            [
+                record["name"],
+                f"{first[0]} ({first[1]['shape']})",
+                f"{second[0]} ({second[1]['shape']})",
+                f"{record['time_ratio']:.2f}",
+                "-"
+                if record["temp_bytes_ratio"] is None
+                else f"{record['temp_bytes_ratio']:.2f}",
+                ", ".join(f"{first[1][r]:.0f} {r[:-5]}/s" for r in rates),
+                record["environment"]["device"],
+            ]
+        )
+    if not rows:
+        return "not run\n"
+    columns = [
+        "case",
+        "A",
+        "B",
+        "time B / A",
+        "temporary bytes B / A",
+        "A alone",
+        "device",
+    ]
+    return markdown(columns, rows)
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
+    "quickstart-differences": quickstart_differences,
+    "quickstart-models": quickstart_models,
+    "quickstart-setting": quickstart_setting,
+    "benchmarks": benchmarks,
+}
+
+
+def rewrite(text: str, records: Mapping[str, dict], where: str) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+      ValueError: a table is not known.
+    """
+
+    def table(match):
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(
+                f"{where}: table {name!r} is not known; there are {', '.join(TABLES)}."
+            )
+        return match[1] + TABLES[name](records) + match[3]
+
+    return _SLOT.sub(table, text)
+
+
+def main(args=None, root: pathlib.Path = ROOT) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--add", type=pathlib.Path, help="folder of a finished run")
+    parser.add_argument("--name", help="of the record that --add keeps")
+    options = parser.parse_args(args)
+    if (options.add is None) != (options.name is None):
+        parser.error("--add and --name belong together")
+    if options.add is not None:
+        add_record(root, options.add, options.name)
+    records = read_records(root)
+    stale = []
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = page.read_text()
+        new = rewrite(text, records, page.name)
+        if new != text and options.check:
+            stale.append(page.name)
+        elif new != text:
+            page.write_text(new)
+    for name in stale:
+        print(f"{name}: a table is not that of docs/records; run scripts/tables.py")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

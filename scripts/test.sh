@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The tests, in the .venv that quickstart.sh makes and uses too: CPU, no network.
+#
+#   bash scripts/test.sh                      the default suite
+#   bash scripts/test.sh --all                also the slow tests and those against torch
+#   bash scripts/test.sh tests/data -k rows   what else pytest takes; paths from the root
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+extras='test'
+selection=(-m 'not slow')
+arguments=(-n logical --maxprocesses 4 --dist loadfile --durations=15)
+for argument in "$@"; do
+  if [ "$argument" = --all ]; then
+    extras='test parity'
+    selection=(-m 'slow or not slow')
+  else
+    arguments+=("$argument")
+  fi
+done
+
+# shellcheck disable=SC2086 # the extras are words
+prepare_environment $extras ${EXTRAS:+${EXTRAS//,/ }}
+cd "$root"
+exec "$venv/bin/python" -m pytest "${selection[@]}" "${arguments[@]}"
