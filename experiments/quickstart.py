@@ -59,7 +59,7 @@ from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
 from pref_jax.train.logging import configure_logging
-from pref_jax.train.loop import LoopConfig, Preempted
+from pref_jax.train.loop import LoopConfig, NonFiniteError, Preempted
 from pref_jax.train.optimizer import OptimizerConfig
 from pref_jax.train.stage import StageConfig
 from pref_jax.types import CHOSEN, REJECTED, TokenGroup
@@ -101,8 +101,8 @@ class Config:
     long_groups: str = "drop"  # longer than a row: drop, keep_start or keep_end
     world: instructions.World = instructions.World()
     decoder: DecoderSizes = DecoderSizes()
-    num_documents: int = 20_000  # to pre-train on; ours
-    num_demonstrations: int = 12_000  # ours
+    num_documents: int = 36_000  # to pre-train on; ours
+    num_demonstrations: int = 20_000  # ours
     num_pair_prompts: int = 2_000  # prompts that pairs are sampled for; ours
     pair_samples: int = 8  # responses sampled for each of them; ours
     beta: float = 0.1  # reward per nat; DPO, section 6
@@ -131,7 +131,7 @@ def _stage(num_steps, groups, rate, *, every, best=None, patience=None, warmup=2
         optimizer=OptimizerConfig(
             learning_rate=rate,
             warmup_steps=min(warmup, num_steps // 4),
-            weight_decay=0.01,
+            weight_decay=0.05,
         ),
         loop=LoopConfig(
             num_steps=num_steps,
@@ -144,7 +144,7 @@ def _stage(num_steps, groups, rate, *, every, best=None, patience=None, warmup=2
 
 
 SMALL = Config(
-    base=_stage(1200, 32, 2e-3, every=300, warmup=50),
+    base=_stage(1000, 32, 2e-3, every=250, warmup=50),
     sft=_stage(500, 48, 1e-3, every=50, best="validation/loss", patience=3),
     dpo=_stage(120, 32, 5e-5, every=40),
 )
@@ -340,6 +340,7 @@ def make_model(config: Config, task: Task):
     fresh = decoder.DecoderConfig(
         vocab_size=task.vocab_size,
         head_dim=sizes.width // sizes.num_heads,
+        embedding_scale=sizes.width**0.5,  # tokens enter the residual stream at size 1
         **dataclasses.asdict(sizes),
     )
     model = decoder.make_decoder(fresh)
@@ -540,6 +541,9 @@ def run_config(config: Config) -> pathlib.Path:
         PreemptionGuard() as guard,
     ):
         _logger.info("run folder: %s", folder)
+        first = "base, " if config.data is None else ""
+        last = "DPO, control, evaluation"
+        _logger.info("stages: %sSFT, pairs, %s", first, last)
         task = make_world_task(config) if config.data is None else make_own_task(config)
         for note in task.notes:
             _logger.info("%s", note)
@@ -575,12 +579,15 @@ def run_config(config: Config) -> pathlib.Path:
 def main() -> None:
     """The command line."""
     configure_logging()
-    config = run_lib.parse_config(PRESETS, default="small", description=__doc__)
     try:
+        config = run_lib.parse_config(PRESETS, default="small", description=__doc__)
         page = run_config(config)
     except Preempted as stop:
         print(f"{stop}; the same command continues.", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE) from None
+    except (ValueError, NonFiniteError) as error:  # what a user can act on
+        _logger.debug("where it happened", exc_info=True)
+        raise SystemExit(f"error: {error}") from None
     print(f"report: {page}\n        {page.resolve().as_uri()}")
 
 

@@ -59,9 +59,9 @@ def decoder():
 
 
 @functools.cache
-def random_params(seed: int):
-    """Parameters of it that say something: norms off one, logits spread out."""
-    params = jax.eval_shape(decoder().init, jax.random.key(0))
+def random_params(seed: int, config: DecoderConfig = CONFIG):
+    """Parameters that say something: norms off one, logits spread out."""
+    params = jax.eval_shape(make_decoder(config).init, jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

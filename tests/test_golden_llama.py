@@ -247,21 +247,23 @@ def end_of_group(case):
     """`end` with which a second response sees the first."""
     end = case.batch.end.copy()
     for b, starts in enumerate(case.batch.start):
-        last = starts[1] + case.batch.length[b, 1] + 1
         row = b // (len(case.batch.start) // len(end))
-        end[row, starts[0] : starts[1]] = max(last, 1)
+        end[row, starts[0] : starts[1]] = starts[1] + case.batch.length[b, 1] + 1
     return end
 
 
-index = np.arange(40, dtype=np.int32)
+def position_by_index(case):
+    """Positions that do not restart where a second response branches off."""
+    shape = case.batch.tokens.shape
+    return np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+
+
 WRONG = {
     "theta": lambda c: logps(c, c.params, period=(LayerKind(rope_theta=1e4),)),
     "eps": lambda c: logps(c, c.params, norm_eps=1e-5),
     "head order": heads_in_turn,
     "rotary order": rotated_in_turn,
-    "position not restarted": lambda c: with_batch(
-        c, position=np.broadcast_to(index, c.batch.tokens.shape)
-    ),
+    "position by index": lambda c: with_batch(c, position=position_by_index(c)),
     "end of the group": lambda c: with_batch(c, end=end_of_group(c)),
     "reference as policy": lambda c: logps(c, c.reference),
 }

@@ -4,7 +4,7 @@ As a command it trains DPO on one device, to be killed and started again:
 
     python -m tests.tiny_stage FOLDER
 
-It leaves FOLDER/params.npz and exits with 0, or with `PREEMPTED_EXIT_CODE` after SIGTERM.
+It leaves FOLDER/params.npz, or exits with `PREEMPTED_EXIT_CODE` after SIGTERM.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def make_params(seed=0, model=MODEL):
 
 
 def make_groups(num_groups, *, seed, num_responses=2) -> list[TokenGroup]:
-    """Random ids: ragged prompts and responses, of which some tokens are not trained."""
+    """Random ids: ragged prompts and responses, some tokens of them not trained."""
     rng = np.random.default_rng(seed)
 
     def ids(low, high):
@@ -133,14 +133,13 @@ def make_groups(num_groups, *, seed, num_responses=2) -> list[TokenGroup]:
     return groups
 
 
-def train(folder: pathlib.Path, *, mesh, guard, config=CONFIG, **options):
+def train(folder: pathlib.Path, *, mesh, guard, model=MODEL, config=CONFIG, **options):
     """`train_stage` of `DPO` on random pairs; `options` replace its arguments."""
-    params = make_params()
-    multiple = sharding.num_row_shards(mesh) * config.num_microbatches
+    params = make_params(0, model)
     shape = {
         "groups_per_step": config.groups_per_step,
         "row_length": ROW_LENGTH,
-        "rows_multiple": multiple,
+        "rows_multiple": sharding.num_row_shards(mesh) * config.num_microbatches,
     }
     batches = sources.training_batches(
         make_groups(14, seed=0), num_steps=config.loop.num_steps, seed=0, **shape
@@ -152,16 +151,16 @@ def train(folder: pathlib.Path, *, mesh, guard, config=CONFIG, **options):
         "source": sources.OfflineSource(batches),
         "validation": sources.evaluation_batches(make_groups(6, seed=1), **shape),
         "seed": 0,
-    }
+    } | options
     return train_stage(
         "tiny",
         folder=folder,
         config=config,
-        model=MODEL,
+        model=model,
         count=rows.count_batch,
         mesh=mesh,
         guard=guard,
-        **arguments | options,
+        **arguments,
     )
 
 

@@ -72,7 +72,7 @@ def wins(grades, other_grades) -> np.ndarray:
     >>> wins([2.0, 1.0, 0.0], [1.0, 1.0, 1.0]).tolist()
     [1.0, 0.5, 0.0]
     """
-    grades, other_grades = np.asarray(grades), np.asarray(other_grades)
+    grades, other_grades = (np.asarray(g, np.float64) for g in (grades, other_grades))
     if grades.shape != other_grades.shape:
         raise ValueError(
             f"both models need a grade for each prompt; got {grades.shape} and "

@@ -57,7 +57,7 @@ def logistic_loss(
         high=0.5,
         why="the share of flipped labels; above one half the labels are inverted",
     )
-    rewards = jnp.asarray(rewards).astype(jnp.float32)
+    rewards = checks.at_least_float32(rewards)
     if where is not None:
         checks.check_bool("where", where)
         checks.check_broadcast("where", where, to=rewards.shape[:-1], of="rewards")

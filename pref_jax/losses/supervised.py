@@ -31,7 +31,7 @@ def nll_loss(token_logps, *, where=None):
     [0.5, 0.0]
     """
     checks.check_floating("token_logps", token_logps)
-    loss = -jnp.asarray(token_logps).astype(jnp.float32)
+    loss = -checks.at_least_float32(token_logps)
     if where is not None:
         checks.check_bool("where", where)
         checks.check_broadcast("where", where, to=loss.shape, of="token_logps")

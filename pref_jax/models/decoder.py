@@ -55,6 +55,7 @@ class DecoderConfig:
     period: tuple[LayerKind, ...] = (LayerKind(),)  # repeated over the layers
     norm_eps: float = 1e-5  # inside the square root of RMSNorm
     tied: bool = True  # unembedding = embedding
+    embedding_scale: float = 1.0  # what the embedding of a token is multiplied by
     dtype: str = "float32"  # of matrix products: float32 or bfloat16
     attention: str = "xla"  # a name of attention.IMPLEMENTATIONS
     remat: str = "none"  # a name of REMAT_POLICIES
@@ -107,6 +108,16 @@ def _normal(rngs, shape, std):
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def _residual_std(config, fan_in):
+    """Of a matrix that writes into the residual stream, at initialisation.
+
+    What all layers add up to is as large as the embedding that they are added to: a
+    larger sum would drown the token, and copying would be learnt late.
+    """
+    embedding_size = config.embedding_scale * config.width**-0.5
+    return embedding_size * (2 * config.num_layers * fan_in) ** -0.5
+
+
 def _with_leading_axes(x, ndim):
     """A vector as [1, ..., 1, n], so that it multiplies without rank promotion."""
     return x.reshape((1,) * (ndim - 1) + x.shape)
@@ -156,7 +167,7 @@ class Attention(nnx.Module):
         width, head_dim = config.width, config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         std = width**-0.5
-        out_std = (heads * head_dim * 2 * config.num_layers) ** -0.5
+        out_std = _residual_std(config, heads * head_dim)
         self.query = _normal(rngs, (width, heads, head_dim), std)
         self.key = _normal(rngs, (width, kv_heads, head_dim), std)
         self.value = _normal(rngs, (width, kv_heads, head_dim), std)
@@ -181,9 +192,7 @@ class MLP(nnx.Module):
         width, inner = config.width, config.mlp_width
         self.gate = _normal(rngs, (width, inner), width**-0.5)
         self.up = _normal(rngs, (width, inner), width**-0.5)
-        self.down = _normal(
-            rngs, (inner, width), (inner * 2 * config.num_layers) ** -0.5
-        )
+        self.down = _normal(rngs, (inner, width), _residual_std(config, inner))
 
     def __call__(self, x):
         """[..., D] -> [..., D]."""
@@ -214,7 +223,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         shape = (config.vocab_size, config.width)
-        self.embedding = _normal(rngs, shape, 0.02)
+        self.embedding = _normal(rngs, shape, config.width**-0.5)
         self.num_periods, rest = divmod(config.num_layers, len(config.period))
 
         def stacked(kind):
@@ -246,7 +255,8 @@ class Decoder(nnx.Module):
         `make_attend(carry, layer)` returns the `attend` of a layer; what `attend`
         keeps is (new carry, output stacked over layers).
         """
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+        x = self.embedding[...][tokens] * self.config.embedding_scale
+        x = x.astype(self.config.dtype)
         period = len(self.config.period)
         kept = []
         if self.num_periods:

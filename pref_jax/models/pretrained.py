@@ -14,6 +14,8 @@ import numpy as np
 
 from pref_jax.models.decoder import DecoderConfig, LayerKind
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 
 class CheckpointFormatError(ValueError):
     """A checkpoint folder that cannot be read as the model it says it is."""
@@ -63,7 +65,12 @@ def load_config(path: str) -> DecoderConfig:
         )
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointFormatError(
+            f"{path}/config.json cannot be read: {error}"
+        ) from error
     if config.model_type != "llama":
         raise CheckpointFormatError(
             f"{path} is of model type {config.model_type!r}; only 'llama' is read."
@@ -74,6 +81,7 @@ def load_config(path: str) -> DecoderConfig:
         "attention_bias": (config.attention_bias, False),
         "mlp_bias": (config.mlp_bias, False),
         "hidden_act": (config.hidden_act, "silu"),
+        "quantization_config": (getattr(config, "quantization_config", None), None),
     }
     for name, (value, needed) in unsupported.items():
         if value != needed:
@@ -125,6 +133,11 @@ def load(path: str, **overrides) -> tuple[DecoderConfig, dict]:
                 f"{path}: tensor {name} has shape {tensor.shape}; config.json makes it "
                 f"{shape}."
             )
+        if tensor.dtype.name not in _FLOATS:
+            raise CheckpointFormatError(
+                f"{path}: tensor {name} is of type {tensor.dtype}; only "
+                f"{', '.join(_FLOATS)} are read."
+            )
         return tensor.astype(np.float32)
 
     width, inner = config.width, config.mlp_width
@@ -158,7 +171,14 @@ def load(path: str, **overrides) -> tuple[DecoderConfig, dict]:
         "final_norm": {"scale": take("model.norm.weight", (width,))},
     }
     if config.tied:
-        tensors.pop("lm_head.weight", None)  # some savers write the tied copy
+        # Some savers write the tied copy; one that differs makes another model.
+        copy = tensors.pop("lm_head.weight", params["embedding"])
+        if not np.array_equal(copy, params["embedding"]):
+            raise CheckpointFormatError(
+                f"{path}/config.json has tie_word_embeddings = True, and the tensor "
+                f"lm_head.weight differs from model.embed_tokens.weight; set it to "
+                f"false to read both."
+            )
     else:
         params["unembedding"] = take("lm_head.weight", vocabulary)
     # Old checkpoints hold the rotary frequencies, which follow from the config.
@@ -176,7 +196,12 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointFormatError(
+                f"{index} does not map tensors to files: {error!r}"
+            ) from error
     else:
         files = ["model.safetensors"]
     tensors = {}

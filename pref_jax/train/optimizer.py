@@ -23,7 +23,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of the global gradient
     weight_decay: float = 0.0  # not on norms
     b1: float = 0.9
-    b2: float = 0.99  # ours: short runs
+    b2: float = 0.95  # ours: short runs
     eps: float = 1e-8
 
     def __post_init__(self):

@@ -110,10 +110,7 @@ def open_run(
         folder = _claim(stack, pathlib.Path(root), config, name)
         path = folder / CONFIG_FILE
         if not path.exists():
-            text = json.dumps(
-                {"config": config, "environment": environment()}, indent=1
-            )
-            path.write_text(text + "\n")
+            write_json(path, {"config": config, "environment": environment()})
         yield folder
 
 

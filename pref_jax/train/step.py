@@ -138,8 +138,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g: _divide(g, denominator), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {name: _divide(*pair) for name, pair in sums.items()}
-        metrics["grad_norm"] = optax.global_norm(grads)
-        metrics["update_norm"] = optax.global_norm(updates)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["update_norm"] = optax.tree.norm(updates)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)

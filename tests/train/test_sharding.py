@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny_stage
 from jax.sharding import AxisType, PartitionSpec
-from tiny_stage import DPO, MODEL, make_groups, make_params
 
+import tiny_stage
 from pref_jax.data import sources
 from pref_jax.train import sharding
 from pref_jax.train.state import init_state
 from pref_jax.train.step import make_train_step
+from tiny_stage import DPO, MODEL, make_groups, make_params
 
 SGD = optax.sgd(0.3)
 

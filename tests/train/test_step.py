@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
-import tiny_stage
-from tiny_stage import DPO, SFT, SHALLOW, make_groups
 
+import oracles
+import tiny_stage
 from pref_jax import anchors
 from pref_jax.data import sources
 from pref_jax.logps import response_scores
@@ -32,6 +31,7 @@ from pref_jax.train.step import (
     weighted_sum,
 )
 from pref_jax.types import Scores
+from tiny_stage import DPO, SFT, SHALLOW, make_groups
 
 RATE = 0.1
 # Plain gradient descent that also keeps the gradient. (Adam divides by its size and

@@ -1,0 +1,256 @@
+"""Batch number -> batch, and a source that can be stopped and resumed."""
+
+import collections
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fixtures
+from pref_jax.data import sources
+from pref_jax.types import TokenGroup
+
+
+def groups(number=10, seed=0, **kwargs):
+    return fixtures.random_groups(seed, number, 2, **kwargs)
+
+
+def batches(number=10, **kwargs):
+    arguments = {"groups_per_step": 4, "num_steps": 6, "row_length": 40, "seed": 1}
+    return sources.training_batches(groups(number), **arguments | kwargs)
+
+
+def records(batch) -> list[int]:
+    return sorted(int(r) for r in batch.record if r >= 0)
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+# --- training batches -----------------------------------------------------------------
+
+
+@given(number=st.integers(4, 11), per_step=st.integers(1, 4), seed=st.integers(0, 9))
+def test_every_epoch_is_a_permutation_and_nothing_is_lost(number, per_step, seed):
+    """Batches run on over the end of an epoch."""
+    num_steps = -(-3 * number // per_step)
+    run = batches(number, groups_per_step=per_step, num_steps=num_steps, seed=seed)
+    stream = [i for b in range(num_steps) for i in run.indices(b)]
+    assert all(len(run.indices(b)) == per_step for b in range(num_steps))
+    epochs = [stream[e * number : (e + 1) * number] for e in range(3)]
+    assert all(sorted(epoch) == list(range(number)) for epoch in epochs)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    run = batches(groups_per_step=10, num_steps=3)
+    orders = [tuple(run.indices(b)) for b in range(3)]
+    other = batches(groups_per_step=10, num_steps=3, seed=2)
+    orders += [tuple(other.indices(b)) for b in range(3)]
+    assert len(set(orders)) == 6
+
+
+def test_every_step_takes_exactly_its_groups():
+    run = batches()
+    assert len(run) == 6
+    seen = collections.Counter()
+    for number in range(6):
+        batch = run[number]
+        assert batch.valid.all(-1).sum() == 4
+        assert records(batch) == sorted(run.indices(number))
+        seen.update(records(batch))
+    assert sum(seen.values()) == 24 and set(seen.values()) <= {2, 3}
+
+
+def test_a_batch_is_a_function_of_its_number_alone():
+    """In any order, any number of times, and from another object."""
+    run, again = batches(), batches()
+    first = [run[b] for b in range(6)]
+    for number in (5, 0, 3, 0):
+        assert_same(run[number], first[number])
+        assert_same(again[number], first[number])
+
+
+def test_the_number_of_steps_changes_no_batch():
+    """Only the shape may grow with it."""
+    short, long = batches(num_steps=3), batches(num_steps=9)
+    for number in range(3):
+        assert list(short.indices(number)) == list(long.indices(number))
+
+
+def test_all_batches_have_one_shape_and_the_tightest():
+    run = batches(num_steps=5, rows_multiple=2)
+    made = [run[b] for b in range(5)]
+    shapes = {tuple(x.shape for x in jax.tree.leaves(batch)) for batch in made}
+    assert len(shapes) == 1
+    shape = run.shape
+    assert (shape.num_rows % 2, shape.row_length, shape.num_responses) == (0, 40, 2)
+    rows = [b.valid.all(-1).reshape(shape.num_rows, -1).sum(1) for b in made]
+    assert max((row > 0).sum() for row in rows) > shape.num_rows - 2
+    assert max(row.max() for row in rows) == shape.groups_per_row
+    assert max((b.predict >= 0).sum(1).max() for b in made) == shape.num_predict
+    lengths = [len(r) for group in groups() for r in group.responses]
+    assert shape.num_targets == max(lengths)
+
+
+def test_more_groups_a_step_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="a step takes 4 groups and there are 3; use"):
+        batches(3)
+
+
+@pytest.mark.parametrize("number", [-1, 6])
+def test_a_batch_that_does_not_exist_is_an_error(number):
+    with pytest.raises(IndexError, match=f"batch {number} of 6"):
+        batches()[number]
+
+
+# --- evaluation batches ---------------------------------------------------------------
+
+
+@given(number=st.integers(1, 11), per_step=st.integers(1, 12))
+def test_an_evaluation_sees_every_group_once_in_order(number, per_step):
+    run = sources.evaluation_batches(
+        groups(number), groups_per_step=per_step, row_length=40, rows_multiple=2
+    )
+    made = [run[b] for b in range(len(run))]
+    assert [r for batch in made for r in records(batch)] == list(range(number))
+    assert len({batch.tokens.shape for batch in made}) == 1
+    for batch in made:
+        np.testing.assert_array_equal(batch.valid.all(-1), batch.record >= 0)
+        assert not batch.loss_mask[batch.record < 0].any()
+
+
+# --- fitting --------------------------------------------------------------------------
+
+
+def test_fitting_counts_what_it_drops_and_cuts():
+    """12 positions: the first fits, the second is cut or dropped, the third dropped."""
+
+    def group(record, prompt, response):
+        masks = (np.ones(response, bool),)
+        return TokenGroup(
+            np.arange(prompt), (np.arange(response),), masks, (1.0,), record
+        )
+
+    three = [group(0, 4, 8), group(1, 5, 9), group(2, 15, 13)]
+    for policy, kept, counts in (
+        ("drop", [0], {"groups": 3, "dropped": 2, "cut": 0}),
+        ("keep_start", [0, 1], {"groups": 3, "dropped": 1, "cut": 1}),
+        ("keep_end", [0, 1], {"groups": 3, "dropped": 1, "cut": 1}),
+    ):
+        fitted, got = sources.fit_groups(three, 12, policy=policy)
+        assert [group.record for group in fitted] == kept
+        assert got == counts
+        assert max(group.num_tokens for group in fitted) <= 12
+
+
+def test_a_run_without_a_group_that_fits_is_an_error():
+    shortest = min(group.num_tokens for group in groups())
+    message = (
+        f"no group fits a row: 10 groups, the shortest takes {shortest} positions, "
+        f"`row_length` is 2 and the policy 'keep_end'"
+    )
+    with pytest.raises(ValueError, match=message):
+        sources.fit_groups(groups(), 2, policy="keep_end")
+    with pytest.raises(ValueError, match="no group fits a row: 0 groups"):
+        sources.fit_groups([], 2, policy="drop")
+
+
+def test_the_longest_group_fits_the_row_length_made_for_it():
+    longest = max(group.num_tokens for group in groups())
+    assert sources.longest_group(groups(), multiple=1) == longest
+    length = sources.longest_group(groups(), multiple=32)
+    assert length % 32 == 0 and length - 32 < longest <= length
+
+
+# --- the source -----------------------------------------------------------------------
+
+
+def test_a_source_hands_out_every_batch_in_order():
+    run = batches()
+    source = sources.OfflineSource(run)
+    for number in range(6):
+        assert source.get_state() == number
+        assert_same(source("ignored"), run[number])
+    with pytest.raises(StopIteration):
+        source(None)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5])
+def test_a_resumed_source_goes_on_where_it_stopped(stop):
+    run = batches()
+    straight = sources.OfflineSource(run)
+    expected = [straight(None) for _ in range(6)]
+    first = sources.OfflineSource(run)
+    for _ in range(stop):
+        first(None)  # batches that were prepared ahead do not count
+    second = sources.OfflineSource(batches())
+    second.set_state(first.get_state())
+    for number in range(stop, 6):
+        assert_same(second(None), expected[number])
+
+
+def test_a_source_can_be_set_back():
+    source = sources.OfflineSource(["a", "b", "c"])
+    assert [source(None), source(None)] == ["a", "b"]
+    source.set_state(0)
+    assert [source(None), source(None), source(None)] == ["a", "b", "c"]
+
+
+def test_batches_come_in_order_though_some_take_longer_to_make():
+    class Uneven(collections.abc.Sequence):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, number):
+            time.sleep(0.05 if number % 3 == 0 else 0.0)
+            return number
+
+    source = sources.OfflineSource(Uneven())
+    assert [source(None) for _ in range(12)] == list(range(12))
+
+
+def test_batches_are_prepared_ahead():
+    made = []
+
+    class Watched(collections.abc.Sequence):
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, number):
+            made.append(number)
+            return number
+
+    source = sources.OfflineSource(Watched())
+    assert source(None) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) >= 3 and source.get_state() == 1
+    assert source.prefetchable
+
+
+def test_a_source_is_not_set_beyond_its_end():
+    source = sources.OfflineSource(["a", "b"])
+    source.set_state(2)
+    with pytest.raises(StopIteration):
+        source(None)
+    for number in (-1, 3):
+        with pytest.raises(
+            ValueError, match=f"there are 2 batches; got number {number}"
+        ):
+            source.set_state(number)
+
+
+def test_an_error_while_a_batch_is_made_reaches_the_caller():
+    spoiled = dataclasses.replace(groups()[0], prompt=np.zeros(0, np.int32))
+    run = batches()
+    broken = dataclasses.replace(run, groups=[spoiled, *run.groups[1:]])
+    source = sources.OfflineSource(broken)
+    with pytest.raises(ValueError, match="record 0 has an empty prompt"):
+        for _ in range(6):
+            source(None)

@@ -1,0 +1,163 @@
+"""The first command of the README, small: its stages, its folder, its errors."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TINY = (
+    "--preset smoke --decoder.width 16 --decoder.num-layers 1 --decoder.mlp-width 16 "
+    "--num-documents 100 --num-demonstrations 100 --num-pair-prompts 16 "
+    "--pair-samples 4 --num-eval-prompts 8 --eval-samples 2 --max-new-tokens 12 "
+    "--base.loop.num-steps 4 --base.loop.validate-every 2 "
+    "--sft.loop.num-steps 4 --sft.loop.validate-every 2 "
+    "--dpo.loop.num-steps 2 --dpo.groups-per-step 4"
+).split()
+
+
+def quickstart(folder, *arguments, expect=0):
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.quickstart", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _root_on_path(monkeypatch, pytestconfig):
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """Forty pairs and a byte-level tokenizer, as a user would bring them."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = [
+        {
+            "prompt": f"What is {i} plus {i}?",
+            "chosen": f" It is {2 * i}.",
+            "rejected": f" It is {i}, I think.",
+        }
+        for i in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([str(line) for line in lines], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.save_pretrained(folder / "tokenizer")
+    (folder / "mygrade.py").write_text(
+        "def short(prompt, response):\n    return -len(response)\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world_run(tmp_path_factory, pytestconfig):
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+        result = quickstart(folder, *TINY)
+    return folder, result
+
+
+def test_the_world_runs_from_pretraining_to_a_report(world_run):
+    folder, result = world_run
+    run = folder / "runs/quickstart/001"
+    record = json.loads((run / "record.json").read_text())
+    assert set(record["results"]["models"]) == {"base", "SFT", "DPO", "control"}
+    assert record["results"]["steps"]["DPO"] == record["results"]["steps"]["control"]
+    assert record["results"]["models"]["SFT"]["kl"] == [0.0, 0.0, 0.0]
+    assert record["results"]["models"]["DPO"]["kl"][0] > 0
+    assert (run / "report.html").stat().st_size > 10_000
+    assert str(run / "report.html") in result.stdout.replace("\n", "") or (
+        "runs/quickstart/001/report.html" in result.stdout
+    )
+    for stage in ("base", "SFT", "DPO", "control"):
+        assert (run / stage / "metrics.jsonl").stat().st_size > 0
+    first = json.loads((run / "DPO/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_a_finished_run_is_kept_and_the_next_gets_a_new_name(world_run):
+    folder, _ = world_run
+    before = (folder / "runs/quickstart/001/record.json").read_bytes()
+    # The second run finds nothing to continue; it stops at its first bad field.
+    quickstart(folder, *TINY, "--name", "001", expect=1)
+    assert (folder / "runs/quickstart/001/record.json").read_bytes() == before
+
+
+def test_own_pairs_with_a_fresh_decoder(own_files, tmp_path):
+    quickstart(
+        tmp_path,
+        *TINY,
+        *("--data", own_files / "pairs.jsonl", "--tokenizer", own_files / "tokenizer"),
+        *("--sft.groups-per-step", 8),
+    )
+    page = (tmp_path / "runs/quickstart/001/report.html").read_text()
+    assert "--grade module:function" in page
+    results = json.loads((tmp_path / "runs/quickstart/001/record.json").read_text())
+    assert results["results"]["preferences"]["DPO"]["accuracy"]
+    assert "reward" not in results["results"]["models"]["DPO"]
+
+
+def test_own_pairs_with_a_grade_have_a_true_reward(own_files, tmp_path, monkeypatch):
+    quickstart(
+        own_files,
+        *TINY,
+        *("--root", tmp_path / "runs"),
+        *("--data", "pairs.jsonl", "--tokenizer", "tokenizer"),
+        *("--sft.groups-per-step", 8, "--grade", "mygrade:short"),
+    )
+    record = json.loads((tmp_path / "runs/001/record.json").read_text())
+    assert record["results"]["models"]["DPO"]["reward"][0] < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sft.lop", 3], "--sft.lop"),
+        (["--preset", "large"], "invalid choice: 'large'"),
+        (["--tokenizer", "somewhere"], "belongs to `data`"),
+        (["--data", "pairs.jsonl"], "needs a tokenizer"),
+        (["--beta", 0], "`beta` must be positive"),
+        (["--dpo.loop.num-steps", 0], "`num_steps` must be at least 1"),
+    ],
+)
+def test_a_bad_command_line_says_what_is_wrong(tmp_path, arguments, message):
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.quickstart", *map(str, arguments)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert re.search(re.escape(message), result.stderr + result.stdout)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bad_row_stops_with_file_line_and_field(own_files, tmp_path):
+    text = (own_files / "pairs.jsonl").read_text().splitlines()
+    text[6] = json.dumps({"prompt": "x", "chosen": " y", "rejected": 3})
+    (tmp_path / "bad.jsonl").write_text("\n".join(text))
+    result = quickstart(
+        tmp_path,
+        *TINY,
+        *("--data", "bad.jsonl", "--tokenizer", own_files / "tokenizer"),
+        expect=1,
+    )
+    assert "bad.jsonl:7" in result.stderr and "rejected" in result.stderr

@@ -1,0 +1,86 @@
+"""scripts/tables.py: every figure of README and docs is that of the records."""
+
+import importlib.util
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def tables(pytestconfig):
+    path = pytestconfig.rootpath / "scripts/tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quickstart_record(seed, right):
+    models = {
+        name: {"right": [value, value - 0.1, value + 0.1], "kl": [0.1, 0.0, 0.2]}
+        for name, value in (("SFT", 0.4), ("DPO", 0.4 + right), ("control", 0.4))
+    }
+    difference = {
+        "right": [right, right - 0.1, right + 0.1],
+        "reward": [right, right, right],
+    }
+    return {
+        "experiment": "quickstart",
+        "results": {
+            "models": models,
+            "differences": {"SFT": difference, "control": difference},
+        },
+        "config": {"seed": seed},
+        "environment": {
+            "commit": "abcdef0123456789",
+            "versions": {"jax": "0.10.2"},
+            "device": "1 x cpu",
+        },
+        "seconds": 300.0,
+        "report": {"large": "part"},
+    }
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "docs/records").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- table: quickstart-differences -->\nold\n<!-- end of table -->\n"
+    )
+    return tmp_path
+
+
+def test_tables_of_the_repository_are_up_to_date(tables):
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_stale_table_fails_the_check_and_is_rewritten(tables, root, capsys):
+    assert tables.main(["--check"], root) == 1
+    assert "README.md" in capsys.readouterr().out
+    assert tables.main([], root) == 0
+    assert tables.main(["--check"], root) == 0
+    assert "not run" in (root / "README.md").read_text()
+
+
+def test_a_kept_run_stands_in_the_table_without_its_report(tables, root, tmp_path):
+    for seed, right in ((0, 0.2), (1, 0.05)):
+        run = tmp_path / f"run{seed}"
+        run.mkdir()
+        (run / "record.json").write_text(json.dumps(quickstart_record(seed, right)))
+        tables.main(["--add", str(run), "--name", f"quickstart_seed{seed}"], root)
+    text = (root / "README.md").read_text()
+    assert "| 0 | 0.400 | 0.400 | 0.600 | 0.200 [0.100, 0.300] |" in text
+    assert "excluding zero, in 1 of 2 seeds" in text
+    kept = json.loads((root / "docs/records/quickstart_seed0.json").read_text())
+    assert "report" not in kept
+
+
+def test_an_unfinished_run_is_refused(tables, root, tmp_path):
+    with pytest.raises(ValueError, match="finish the run first"):
+        tables.main(["--add", str(tmp_path), "--name", "x"], root)
+
+
+def test_an_unknown_table_is_named(tables):
+    page = "<!-- table: nonsense -->\n<!-- end of table -->"
+    with pytest.raises(ValueError, match="page.md: table 'nonsense'"):
+        tables.rewrite(page, {}, "page.md")

@@ -1,0 +1,257 @@
+"""A stage returns the parameters that its validation prefers, and trains them once."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import tiny_stage
+from pref_jax.data import sources
+from pref_jax.method import objective
+from pref_jax.train import loop, sharding
+from pref_jax.train import stage as stage_lib
+from pref_jax.train.checkpoint import PreemptionGuard
+from pref_jax.train.loop import LoopConfig, Preempted
+from tiny_stage import CONFIG, DPO, MODEL, SHALLOW, make_groups, make_params
+
+LOOP = LoopConfig(
+    num_steps=6, validate_every=2, checkpoint_every=3, best="validation/loss"
+)
+
+quick_compiles = pytest.fixture(autouse=True, scope="module")(tiny_stage.quick_compiles)
+
+
+def never(*args):
+    raise AssertionError("a finished stage was trained again")
+
+
+def swapped(groups):
+    """The same pairs with the other response chosen: training makes them worse."""
+    return [
+        dataclasses.replace(
+            g, responses=g.responses[::-1], loss_masks=g.loss_masks[::-1]
+        )
+        for g in groups
+    ]
+
+
+def train(folder, mesh, *, loop_config=LOOP, guard=None, **options):
+    config = dataclasses.replace(CONFIG, loop=loop_config)
+    guard = guard or PreemptionGuard()
+    return tiny_stage.train(folder, mesh=mesh, guard=guard, config=config, **options)
+
+
+def lines(folder):
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same(params, other):
+    assert jax.tree.structure(params) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+
+
+# --- a decoder on eight devices -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory):
+    """A stage that gets worse on its validation set from the start."""
+    folder = tmp_path_factory.mktemp("overfitted")
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    validation = sources.evaluation_batches(
+        swapped(make_groups(14, seed=0)),
+        groups_per_step=4,
+        row_length=tiny_stage.ROW_LENGTH,
+        rows_multiple=8,
+    )
+    assert len(validation) == 4 and not validation[3].valid.all()
+
+    def again(**options):
+        return train(folder, mesh, validation=validation, **options)
+
+    params, fitted = again()
+    return folder, mesh, params, fitted, again
+
+
+def test_the_best_parameters_are_returned_and_not_the_last(overfitted):
+    folder, mesh, params, fitted, _ = overfitted
+    losses = {
+        line["step"]: line["validation/loss"]
+        for line in lines(folder)
+        if "validation/loss" in line
+    }
+    assert list(losses) == [2, 4, 6]
+    assert losses[2] < losses[4] < losses[6]
+    assert (fitted.steps, fitted.best_step) == (6, 2)
+    best, last = (loop.restore_params(folder, LOOP, params, step) for step in (2, 6))
+    assert_same(params, best)
+    assert not np.array_equal(params["embedding"], last["embedding"])
+    # What the log says of step 6 is the mean over all held-out pairs at its parameters.
+    batch = sources.evaluation_batches(
+        swapped(make_groups(14, seed=0)), groups_per_step=14, row_length=200
+    )[0]
+    measure = jax.jit(functools.partial(objective, DPO, MODEL))
+    loss, weight, _ = measure(jax.device_get(last), make_params(), batch)
+    assert weight.sum() == 14
+    assert losses[6] == pytest.approx(float((loss * weight).sum() / 14), rel=1e-5)
+
+
+def test_the_parameters_come_back_on_the_mesh(overfitted):
+    _, mesh, params, _, _ = overfitted
+    shardings = sharding.param_shardings(mesh, MODEL.param_axes(params), params)
+    jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(str(s)), params, shardings)
+
+
+def test_a_finished_stage_is_read_and_nothing_is_trained(overfitted):
+    _, _, params, fitted, again = overfitted
+    found, found_fitted = again(source=never)
+    assert_same(found, params)
+    assert found_fitted == fitted
+
+
+# --- what does not depend on the model ------------------------------------------------
+
+
+def longest(model, params, anchor, batch):
+    """An analysis: the longer response of each pair."""
+    weight = batch.valid.all(axis=-1).astype(np.float32)
+    return {"lengths/longest": (batch.length.max(axis=-1).astype(np.float32), weight)}
+
+
+class CountingSource(sources.OfflineSource):
+    """Counts the buffers that look like a parameter, whenever a batch is drawn."""
+
+    def __init__(self, batches, params, before_batch):
+        super().__init__(batches)
+        self.like, self.counts = params["mix"].shape, []
+        self.held, self.before_batch = self.count(), before_batch
+
+    def count(self):
+        gc.collect()
+        return sum(x.shape == self.like for x in jax.live_arrays())
+
+    def __call__(self, state):
+        self.before_batch(self.get_state())
+        self.counts.append(self.count() - self.held)
+        return super().__call__(state)
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory):
+    """One stage straight, and one that was stopped after two steps and continued."""
+    root = tmp_path_factory.mktemp("lives")
+    config = LoopConfig(num_steps=6, validate_every=4, checkpoint_every=6)
+    method = dataclasses.replace(DPO, analyses=(longest,))
+    params = make_params(0, SHALLOW)
+    batches = sources.training_batches(
+        make_groups(14, seed=0),
+        groups_per_step=4,
+        num_steps=config.num_steps,
+        row_length=tiny_stage.ROW_LENGTH,
+        seed=0,
+        rows_multiple=2,
+    )
+
+    def live(name, stop_at=None):
+        guard = PreemptionGuard()
+
+        def before_batch(number):
+            guard.requested = number == stop_at
+
+        source = CountingSource(batches, params, before_batch)
+        trained, fitted = None, None
+        with contextlib.suppress(Preempted):
+            trained, fitted = train(
+                root / name,
+                sharding.make_mesh(devices=jax.devices()[:1]),
+                loop_config=config,
+                guard=guard,
+                method=method,
+                model=SHALLOW,
+                params=params,
+                anchor=params,
+                source=source,
+            )
+        return Life(root / name, config, trained, fitted, source.counts)
+
+    return {
+        "straight": live("straight"),
+        "stopped": live("resumed", stop_at=1),
+        "resumed": live("resumed"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """What one process did of a stage."""
+
+    folder: pathlib.Path
+    config: LoopConfig
+    params: dict | None
+    fitted: loop.Fitted | None
+    counts: list[int]  # parameter-sized buffers beside the caller's, at each batch
+
+
+def test_without_a_best_the_last_parameters_are_returned(lives):
+    life = lives["straight"]
+    assert (life.fitted.steps, life.fitted.best_step) == (6, None)
+    last = loop.restore_params(life.folder, life.config, life.params, 6)
+    assert_same(life.params, last)
+    assert not np.array_equal(last["mix"], make_params(0, SHALLOW)["mix"])
+
+
+def test_a_stopped_stage_goes_on_to_the_same_end(lives):
+    straight, stopped, resumed = lives.values()
+    assert stopped.params is None
+    assert [len(life.counts) for life in lives.values()] == [6, 2, 4]
+    assert_same(resumed.params, straight.params)
+    assert resumed.fitted.steps == straight.fitted.steps
+
+
+@pytest.mark.parametrize("name", ["straight", "stopped", "resumed"])
+def test_a_stage_holds_one_state_with_one_anchor(lives, name):
+    # Policy, two moments of the optimiser and anchor; and one of `tiny_stage.train`
+    # itself. Before the first save: on CPU a save keeps the buffers that it wrote.
+    assert lives[name].counts[:2] == [4 + 1, 4 + 1]
+
+
+def test_analyses_are_measured_in_the_middle_and_at_the_end(lives):
+    expected = np.mean([max(map(len, g.responses)) for g in make_groups(6, seed=1)])
+    found = {
+        line["step"]: line["validation/lengths/longest"]
+        for line in lines(lives["resumed"].folder)
+        if "validation/lengths/longest" in line
+    }
+    assert found == pytest.approx({4: expected, 6: expected})
+
+
+def test_the_rate_counts_an_anchor_that_is_scored(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    found, mesh = [], sharding.make_mesh(devices=jax.devices()[:1])
+
+    def fit(state, **options):
+        found.append(options["flops_per_token"] / SHALLOW.flops_per_token)
+        raise Stop
+
+    monkeypatch.setattr(stage_lib.loop, "fit", fit)
+    params = make_params(0, SHALLOW)
+    for anchor in ((), params):
+        with pytest.raises(Stop):
+            train(tmp_path, mesh, model=SHALLOW, anchor=anchor)
+    # Forward, and backward at twice its cost; the anchor's forward if it is live.
+    assert found == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("field", ["groups_per_step", "num_microbatches"])
+def test_a_config_that_makes_no_sense_is_an_error(field):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        dataclasses.replace(CONFIG, **{field: 0})
