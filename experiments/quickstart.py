@@ -5,8 +5,8 @@ every response is known:
 
     base      language modelling on the world's text
     SFT       on demonstrations of mixed quality, stopped at the best validation loss
-    pairs     the SFT model answers training prompts several times; of each prompt the
-              best and the worst answer by true reward
+    pairs     the SFT model answers training prompts several times; the answers are
+              compared two by two, the higher true reward is chosen
     DPO       on these pairs, anchored to the SFT model (its logps stored beforehand)
     control   SFT continued on the chosen responses, with DPO's number of updates
     report    true reward and its parts, win rate, KL to the SFT model, accuracy, length
@@ -104,7 +104,7 @@ class Config:
     num_documents: int = 36_000  # to pre-train on; ours
     num_demonstrations: int = 20_000  # ours
     num_pair_prompts: int = 2_000  # prompts that pairs are sampled for; ours
-    pair_samples: int = 8  # responses sampled for each of them; ours
+    pair_samples: int = 4  # responses to each of them, compared two by two; ours
     beta: float = 0.1  # reward per nat; DPO, section 6
     num_eval_prompts: int = 400  # held out; ours
     eval_samples: int = 4  # responses to each, at temperature 1; ours
@@ -117,9 +117,9 @@ class Config:
                     raise ValueError(f"`{name}` belongs to `data`; give --data too.")
         elif self.tokenizer is None and self.model is None:
             raise ValueError("`data` needs a tokenizer; give --tokenizer or --model.")
-        if self.pair_samples < 2:
+        if self.pair_samples < 2 or self.pair_samples % 2:
             raise ValueError(
-                f"`pair_samples` must be 2 or more, not {self.pair_samples}."
+                f"`pair_samples` must be even, 2 or more; got {self.pair_samples}."
             )
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive; got {self.beta}.")

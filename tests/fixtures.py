@@ -28,6 +28,7 @@ CONFIG = DecoderConfig(
     period=(LayerKind(window=5, rope_theta=100.0), LayerKind(rope_theta=10000.0)),
     norm_eps=1e-3,
     tied=False,
+    embedding_scale=1.7,
 )
 
 LAYERS = tuple(CONFIG.period[i % 2] for i in range(CONFIG.num_layers))
@@ -36,6 +37,7 @@ ORACLE = {
     "eps": CONFIG.norm_eps,
     "rope_bases": tuple(kind.rope_theta for kind in LAYERS),
     "windows": tuple(kind.window for kind in LAYERS),
+    "embedding_scale": CONFIG.embedding_scale,
 }
 """`CONFIG` in the words of `oracles.decoder_hidden`."""
 
@@ -162,14 +164,8 @@ def pack_all(
     return rows.pack(groups, dataclasses.replace(shape, groups_per_row=slots))
 
 
-def padded_layout(groups):
-    """(tokens, position, end) of the responses one a row, in order of groups and K."""
-    texts = [
-        np.concatenate([group.prompt, response])
-        for group in groups
-        for response in group.responses
-    ]
-    length = max(len(text) for text in texts)
+def padded_layout(texts, length: int):
+    """(tokens, position, end) of texts, one a row and padded on the right."""
     index = np.broadcast_to(np.arange(length), (len(texts), length))
     sizes = np.array([len(text) for text in texts])[:, None]
     tokens = np.zeros_like(index)
@@ -178,16 +174,18 @@ def padded_layout(groups):
     return tokens, index, np.where(index < sizes, sizes, index + 1)
 
 
-def padded_logps(params, groups) -> list[np.ndarray]:
+def padded_logps(params, groups, *, length: int = 20) -> list[np.ndarray]:
     """Token logps of every response by our decoder in the padded layout."""
-    logits = logits_of_texts()(params, *padded_layout(groups))
-    logps = np.asarray(jax.nn.log_softmax(logits))
-    out, row = [], 0
-    for group in groups:
-        for response in group.responses:
-            index = len(group.prompt) - 1 + np.arange(len(response))
-            out.append(logps[row, index, response])
-            row += 1
+    pairs = [(group.prompt, r) for group in groups for r in group.responses]
+    out = []
+    for first in range(0, len(pairs), 7):  # one program for any number of responses
+        part = pairs[first : first + 7]
+        texts = [np.concatenate(pair) for pair in part]
+        texts += [[]] * (7 - len(texts))
+        logits = logits_of_texts()(params, *padded_layout(texts, length))
+        logps = np.asarray(jax.nn.log_softmax(logits))
+        for row, (prompt, response) in zip(logps, part, strict=False):
+            out.append(row[len(prompt) - 1 + np.arange(len(response)), response])
     return out
 
 

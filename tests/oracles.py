@@ -148,13 +148,15 @@ def decoder_hidden(
     eps: float,
     rope_bases: tuple[float, ...],
     windows: tuple[int | None, ...],
+    embedding_scale: float,
 ) -> np.ndarray:
     """f64[L, D]: final hidden states of one sequence of ids, read from position 0.
 
+    What is looked up is multiplied by `embedding_scale` (Gemma, arXiv:2403.08295);
     `rope_bases` and `windows` have an entry a layer.
     """
     w = {name: value for name, value in weights.items() if name != "layers"}
-    states = np.array([w["embedding"][t] for t in tokens], dtype=np.float64)
+    states = np.array([embedding_scale * w["embedding"][t] for t in tokens])
     for number, layer in enumerate(weights["layers"]):
         normed = np.stack([rms_norm(x, layer["attention_norm"], eps) for x in states])
         q = np.einsum("ld,dhk->lhk", normed, layer["q"])

@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jax.test_util
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -257,23 +256,6 @@ def test_a_statistic_asked_for_alone_is_the_oracles(states):
         np.testing.assert_allclose(stats[name], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_chunks_give_the_gradient_that_differences_give(states):
-    hidden, unembedding, targets, predict = states
-
-    @jax.jit
-    def value(hidden, unembedding):
-        return mixed(
-            logps.token_stats(
-                hidden, unembedding, targets, predict, want=logps.STATISTICS, chunk=4
-            )
-        )
-
-    # The statistics are float32 whatever comes in: wide steps, loose bounds.
-    jax.test_util.check_grads(
-        value, (hidden, unembedding), order=1, modes=["rev"], eps=1e-2, rtol=2e-2
-    )
-
-
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_bfloat16_states_are_reduced_in_float32(chunk):
     """A bfloat16 log-softmax over 4001 tokens would be off by more than 1e-2."""
@@ -299,9 +281,8 @@ def test_float32_weights_meet_bfloat16_states_in_bfloat16():
     hidden = jnp.full((1, 1, 2), 1.0, jnp.bfloat16)
     unembedding = jnp.array([[1.0 + 2**-10, 0.0], [0.0, 1.0]])  # rounds to 1
     target, predict = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-    stats = logps.token_stats(
-        hidden, unembedding, target, predict, want=("chosen_logit",)
-    )
+    score = jax.jit(functools.partial(logps.token_stats, want=("chosen_logit",)))
+    stats = score(hidden, unembedding, target, predict)
     assert float(stats["chosen_logit"][0, 0]) == 1.0
 
 
@@ -511,7 +492,7 @@ def test_gathering_puts_each_position_where_its_token_is():
     batch = fixtures.pack_all(groups, 40, rows_multiple=2, spare_groups=1)
     row = np.arange(len(batch.tokens))[:, None]
     values = np.where(batch.predict < 0, np.nan, 1.0 + 1000 * row + batch.predict)
-    got = np.asarray(logps.gather_responses(jnp.asarray(values, jnp.float32), batch))
+    got = np.asarray(jax.jit(logps.gather_responses)(values.astype(np.float32), batch))
     per_row = len(batch.valid) // len(batch.tokens)
     for b, k, t in np.ndindex(got.shape):
         place = 1.0 + 1000 * (b // per_row) + batch.start[b, k] + t

@@ -2,7 +2,7 @@
 
 As a command it trains DPO on one device, to be killed and started again:
 
-    python -m tests.tiny_stage FOLDER
+    PYTHONPATH=. python tests/tiny_stage.py FOLDER
 
 It leaves FOLDER/params.npz, or exits with `PREEMPTED_EXIT_CODE` after SIGTERM.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -133,23 +134,34 @@ def make_groups(num_groups, *, seed, num_responses=2) -> list[TokenGroup]:
     return groups
 
 
-def train(folder: pathlib.Path, *, mesh, guard, model=MODEL, config=CONFIG, **options):
-    """`train_stage` of `DPO` on random pairs; `options` replace its arguments."""
-    params = make_params(0, model)
-    shape = {
+def make_batches(mesh, config=CONFIG) -> sources.Batches:
+    """Random pairs for every step of a stage."""
+    return sources.training_batches(
+        make_groups(14, seed=0),
+        num_steps=config.loop.num_steps,
+        seed=0,
+        **_shape(mesh, config),
+    )
+
+
+def _shape(mesh, config):
+    return {
         "groups_per_step": config.groups_per_step,
         "row_length": ROW_LENGTH,
         "rows_multiple": sharding.num_row_shards(mesh) * config.num_microbatches,
     }
-    batches = sources.training_batches(
-        make_groups(14, seed=0), num_steps=config.loop.num_steps, seed=0, **shape
-    )
+
+
+def train(folder: pathlib.Path, *, mesh, guard, model=MODEL, config=CONFIG, **options):
+    """`train_stage` of `DPO` on random pairs; `options` replace its arguments."""
+    params = make_params(0, model)
+    heldout = make_groups(6, seed=1)
     arguments = {
         "method": DPO,
         "params": params,
         "anchor": params,
-        "source": sources.OfflineSource(batches),
-        "validation": sources.evaluation_batches(make_groups(6, seed=1), **shape),
+        "source": sources.OfflineSource(make_batches(mesh, config)),
+        "validation": sources.evaluation_batches(heldout, **_shape(mesh, config)),
         "seed": 0,
     } | options
     return train_stage(
@@ -164,12 +176,22 @@ def train(folder: pathlib.Path, *, mesh, guard, model=MODEL, config=CONFIG, **op
     )
 
 
+class SlowSource(sources.OfflineSource):
+    """Takes its time, so that a test can follow the steps and end one of them."""
+
+    def __call__(self, state):
+        """The next batch, a little later."""
+        time.sleep(0.01)
+        return super().__call__(state)
+
+
 def main() -> None:
     """The command line."""
-    folder = pathlib.Path(sys.argv[1])
+    folder, mesh = pathlib.Path(sys.argv[1]), sharding.make_mesh()
+    source = SlowSource(make_batches(mesh))
     try:
         with PreemptionGuard() as guard:
-            params, _ = train(folder, mesh=sharding.make_mesh(), guard=guard)
+            params, _ = train(folder, mesh=mesh, guard=guard, source=source)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE) from None

@@ -57,10 +57,11 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LEXICON = tuple(
-    "apple bell bird boat bread cake cat cloud dog door egg fish fox gold hat horse "
-    "key king lamp leaf milk moon nest owl pear queen rain ring ship snow star tree".split()
-)
+_WORD_LIST = """
+apple bell bird boat bread cake cat cloud cow door egg fish fox gold hat horse
+key king lamp leaf milk moon nest owl pear queen rain red ship snow star tree
+"""
+LEXICON = tuple(_WORD_LIST.split())
 NUMBERS = tuple("one two three four five six seven eight nine ten".split())
 MARKER = "\nAnswer:"
 END_TOKEN = "<|end|>"

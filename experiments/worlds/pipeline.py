@@ -6,6 +6,7 @@ this is the meeting that most of them have in common.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -177,58 +178,69 @@ def sample_pairs(
     use: int,
     path: pathlib.Path,
 ) -> list[TokenGroup]:
-    """Sample, grade, and pair the best with the worst response of each prompt.
+    """Sample, grade, and compare the responses to each prompt two by two.
 
-    Responses that were cut off are left out, and so are prompts whose responses all
-    have one grade; both are counted in the log.
+    Samples 0 and 1 make a pair, 2 and 3 the next; the higher grade is chosen. Pairs of
+    equal grades, and pairs with a response that was cut off, are left out; both are
+    counted in the log.
 
     Args:
       pipeline: the run.
       params: of the model that answers.
       prompts: one response list each.
       grade: the true reward.
-      num_samples: responses to each prompt.
+      num_samples: responses to each prompt, even.
       use: names the draw.
       path: file of the pairs, as text and ids. Read back if it is there.
 
     Returns:
       Groups of K = 2, numbered as the lines of the file.
+
+    Raises:
+      ValueError: no pair is left.
     """
     if not path.exists():
         samples = pipeline.sample(params, prompts, num_samples=num_samples, use=use)
-        lines = []
+        lines, counts = [], collections.Counter()
         for i, prompt in enumerate(prompts):
-            ids = [
-                samples.tokens[i, k, : samples.length[i, k]].tolist()
-                for k in np.flatnonzero(samples.ended[i])
-            ]
-            texts = [pipeline.encoder.decode(response) for response in ids]
-            grades = [grade(prompt, text)["reward"] for text in texts]
-            if not grades or max(grades) == min(grades):
-                continue
-            best, worst = int(np.argmax(grades)), int(np.argmin(grades))
             prompt_ids = pipeline.encoder.encode_prompt(prompt).tolist()
-            lines.append(
-                {
-                    "prompt": prompt_text(prompt),
-                    "chosen": texts[best],
-                    "rejected": texts[worst],
-                    "rewards": [grades[best], grades[worst]],
-                    "ids": [prompt_ids, ids[best], ids[worst]],
-                }
-            )
+            for k in range(0, num_samples, 2):
+                pair = slice(k, k + 2)
+                if not samples.ended[i, pair].all():
+                    counts["cut off"] += 1
+                    continue
+                found = []
+                lengths = samples.length[i, pair]
+                for row, n in zip(samples.tokens[i, pair], lengths, strict=True):
+                    text = pipeline.encoder.decode(row[:n])
+                    found.append(
+                        (grade(prompt, text)["reward"], text, row[:n].tolist())
+                    )
+                if found[0][0] == found[1][0]:
+                    counts["equal"] += 1
+                    continue
+                rejected, chosen = sorted(found)
+                lines.append(
+                    {
+                        "prompt": prompt_text(prompt),
+                        "chosen": chosen[1],
+                        "rejected": rejected[1],
+                        "rewards": [chosen[0], rejected[0]],
+                        "ids": [prompt_ids, chosen[2], rejected[2]],
+                    }
+                )
         if not lines:
             raise ValueError(
-                f"no pair could be made: the responses to each of the {len(prompts)} "
-                f"prompts have one grade, or none ended within "
-                f"{pipeline.max_new_tokens} tokens. Sample more, or allow more tokens."
+                f"no pair could be made of {len(prompts)} prompts: {dict(counts)}. "
+                f"Sample for more prompts, or allow more than "
+                f"{pipeline.max_new_tokens} tokens."
             )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(path)
         _logger.info(
-            "%s: %d pairs of %d prompts; %.1f %% of the samples were cut off",
-            *(path.name, len(lines), len(prompts), 100 * (1 - samples.ended.mean())),
+            "%s: %d pairs of %d prompts; left out: %d of equal grades, %d cut off",
+            *(path.name, len(lines), len(prompts), counts["equal"], counts["cut off"]),
         )
     groups = []
     for number, line in enumerate(path.read_text().splitlines()):

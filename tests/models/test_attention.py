@@ -148,7 +148,8 @@ def poisoned_output(implementation, position, end, poisoned, **kwargs):
     """The output when the keys and values at `poisoned` are NaN."""
     query, key, value = draw(*end.shape, 2)
     key, value = (x.at[:, poisoned].set(jnp.nan) for x in (key, value))
-    return np.asarray(implementation(query, key, value, position, end, **kwargs))
+    attend = jax.jit(functools.partial(implementation, **kwargs))
+    return np.asarray(attend(query, key, value, position, end))
 
 
 def test_blocks_of_another_group_are_skipped():
@@ -191,7 +192,7 @@ def test_a_block_that_one_row_needs_is_not_skipped():
     arrays = draw(2, 32, 2)
     for window in (None, 20):
         dense, blocks = (
-            attend(*arrays, one_group, ends, window=window)
+            jax.jit(functools.partial(attend, window=window))(*arrays, one_group, ends)
             for attend in (
                 attention.xla_attention,
                 functools.partial(attention.blockwise_attention, block=8),

@@ -107,7 +107,9 @@ def test_tied_models_read_and_write_with_one_matrix():
     assert fixtures.decoder().unembedding(untied) is untied["unembedding"]
 
 
-def test_initial_states_of_each_layer_differ_and_have_the_stated_spread():
+def test_layers_start_different_and_add_up_to_the_size_of_the_embedding():
+    """Of unit inputs, what reads gives unit outputs, and all that writes, together,
+    the variance of the embedding: 2 * layers * inputs * std^2."""
     config = DecoderConfig(
         vocab_size=64,
         width=64,
@@ -117,26 +119,24 @@ def test_initial_states_of_each_layer_differ_and_have_the_stated_spread():
         head_dim=16,
         mlp_width=96,
         tied=False,
+        embedding_scale=3.0,
     )
     init = jax.jit(decoder.make_decoder(config).init)
-    params = init(jax.random.key(0))
+    params, other = (init(jax.random.key(seed)) for seed in (0, 1))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    block = params["blocks"]["0"]
-    spreads = {
-        ("attention", "query"): 64**-0.5,
-        ("attention", "key"): 64**-0.5,
-        ("attention", "value"): 64**-0.5,
-        ("attention", "out"): (4 * 16 * 6) ** -0.5,
-        ("mlp", "gate"): 64**-0.5,
-        ("mlp", "down"): (96 * 6) ** -0.5,
-    }
-    for (room, leaf), std in spreads.items():
-        values = np.asarray(block[room][leaf])
-        assert values.std() == pytest.approx(std, rel=0.1)
-        assert not np.allclose(values[0], values[1])
-    assert np.asarray(params["unembedding"]).std() == pytest.approx(0.125, rel=0.1)
-    other = init(jax.random.key(1))
     assert not np.allclose(params["embedding"], other["embedding"])
+    block = params["blocks"]["0"]
+    matrices = block["attention"] | block["mlp"]
+    for values in matrices.values():
+        assert not np.allclose(values[0], values[1])
+    spread = {name: np.asarray(values).std() for name, values in matrices.items()}
+    for name in ("query", "key", "value", "gate", "up"):
+        assert 64 * spread[name] ** 2 == pytest.approx(1.0, rel=0.1)
+    assert 64 * np.asarray(params["unembedding"]).var() == pytest.approx(1.0, rel=0.1)
+    variance = (3.0 * np.asarray(params["embedding"])).var()
+    for name, inputs in (("out", 4 * 16), ("down", 96)):
+        total = 2 * 3 * inputs * spread[name] ** 2
+        assert total == pytest.approx(variance, rel=0.15)
 
 
 def test_bfloat16_states_stay_near_float32(batch):

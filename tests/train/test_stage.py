@@ -18,6 +18,7 @@ from pref_jax.train import loop, sharding
 from pref_jax.train import stage as stage_lib
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.loop import LoopConfig, Preempted
+from pref_jax.train.optimizer import make_schedule
 from tiny_stage import CONFIG, DPO, MODEL, SHALLOW, make_groups, make_params
 
 LOOP = LoopConfig(
@@ -150,14 +151,8 @@ def lives(tmp_path_factory):
     config = LoopConfig(num_steps=6, validate_every=4, checkpoint_every=6)
     method = dataclasses.replace(DPO, analyses=(longest,))
     params = make_params(0, SHALLOW)
-    batches = sources.training_batches(
-        make_groups(14, seed=0),
-        groups_per_step=4,
-        num_steps=config.num_steps,
-        row_length=tiny_stage.ROW_LENGTH,
-        seed=0,
-        rows_multiple=2,
-    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    batches = tiny_stage.make_batches(mesh, dataclasses.replace(CONFIG, loop=config))
 
     def live(name, stop_at=None):
         guard = PreemptionGuard()
@@ -170,7 +165,7 @@ def lives(tmp_path_factory):
         with contextlib.suppress(Preempted):
             trained, fitted = train(
                 root / name,
-                sharding.make_mesh(devices=jax.devices()[:1]),
+                mesh,
                 loop_config=config,
                 guard=guard,
                 method=method,
@@ -232,23 +227,51 @@ def test_analyses_are_measured_in_the_middle_and_at_the_end(lives):
     assert found == pytest.approx({4: expected, 6: expected})
 
 
-def test_the_rate_counts_an_anchor_that_is_scored(tmp_path, monkeypatch):
-    class Stop(Exception):
-        pass
+def test_the_schedule_spans_the_stage(lives):
+    rate = make_schedule(CONFIG.optimizer, 6)
+    found = [
+        line["learning_rate"]
+        for line in lines(lives["resumed"].folder)
+        if "learning_rate" in line
+    ]
+    assert found == pytest.approx([float(rate(done)) for done in range(6)])
 
+
+class Stop(Exception):
+    """Ends a stage where the loop would begin."""
+
+
+def test_what_the_loop_is_given(tmp_path, monkeypatch):
     found, mesh = [], sharding.make_mesh(devices=jax.devices()[:1])
 
     def fit(state, **options):
-        found.append(options["flops_per_token"] / SHALLOW.flops_per_token)
+        found.append((options["flops_per_token"], jax.random.key_data(state.rng)))
         raise Stop
 
     monkeypatch.setattr(stage_lib.loop, "fit", fit)
     params = make_params(0, SHALLOW)
     for anchor in ((), params):
         with pytest.raises(Stop):
-            train(tmp_path, mesh, model=SHALLOW, anchor=anchor)
+            train(tmp_path, mesh, model=SHALLOW, anchor=anchor, seed=7)
     # Forward, and backward at twice its cost; the anchor's forward if it is live.
-    assert found == [3.0, 4.0]
+    assert [flops / SHALLOW.flops_per_token for flops, _ in found] == [3.0, 4.0]
+    for _, key in found:
+        np.testing.assert_array_equal(key, jax.random.key_data(jax.random.key(7)))
+
+
+def test_a_step_is_cut_into_the_microbatches_of_the_config(tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    source = sources.OfflineSource(tiny_stage.make_batches(mesh))
+    config = dataclasses.replace(CONFIG, num_microbatches=3)
+    with pytest.raises(ValueError, match="2 rows cannot be split into 3 micro-batches"):
+        tiny_stage.train(
+            tmp_path,
+            mesh=mesh,
+            guard=PreemptionGuard(),
+            config=config,
+            source=source,
+            model=SHALLOW,
+        )
 
 
 @pytest.mark.parametrize("field", ["groups_per_step", "num_microbatches"])
