@@ -87,7 +87,8 @@ class Config:
 
     base: StageConfig  # language modelling on the world's text; not with `data`
     sft: StageConfig  # SFT on demonstrations, or on the chosen responses of `data`
-    dpo: StageConfig  # DPO; its number of steps is the control's too
+    dpo: StageConfig  # DPO; steps and batch size are the control's too
+    control_optimizer: OptimizerConfig  # of the control, tuned as DPO's was
     name: str | None = None  # of the run; None: continue an unfinished run, or a number
     root: str = "runs/quickstart"  # folder of the runs
     seed: int = 0  # of parameters, data and sampling
@@ -105,8 +106,8 @@ class Config:
     num_demonstrations: int = 20_000  # ours
     num_pair_prompts: int = 2_000  # prompts that pairs are sampled for; ours
     pair_samples: int = 4  # responses to each of them, compared two by two; ours
-    beta: float = 0.1  # reward per nat; DPO, section 6
-    num_eval_prompts: int = 400  # held out; ours
+    beta: float = 0.3  # reward per nat; ours
+    num_eval_prompts: int = 600  # held out; ours
     eval_samples: int = 4  # responses to each, at temperature 1; ours
     max_new_tokens: int = 32  # of a sampled response; ours
 
@@ -125,29 +126,50 @@ class Config:
             raise ValueError(f"`beta` must be positive; got {self.beta}.")
 
 
-def _stage(num_steps, groups, rate, *, every, best=None, patience=None, warmup=20):
-    return StageConfig(
-        groups_per_step=groups,
-        optimizer=OptimizerConfig(
-            learning_rate=rate,
-            warmup_steps=min(warmup, num_steps // 4),
-            weight_decay=0.05,
-        ),
-        loop=LoopConfig(
-            num_steps=num_steps,
-            validate_every=every,
-            checkpoint_every=every,
-            best=best,
-            patience=patience,
-        ),
+def _optimizer(rate: float, *, warmup_steps: int = 20) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=rate, warmup_steps=warmup_steps, weight_decay=0.05
     )
 
 
 SMALL = Config(
-    base=_stage(1000, 32, 2e-3, every=250, warmup=50),
-    sft=_stage(500, 48, 1e-3, every=50, best="validation/loss", patience=3),
-    dpo=_stage(120, 32, 5e-5, every=40),
+    base=StageConfig(
+        groups_per_step=32,
+        optimizer=_optimizer(2e-3, warmup_steps=50),
+        loop=LoopConfig(num_steps=1000, validate_every=250, checkpoint_every=250),
+    ),
+    sft=StageConfig(
+        groups_per_step=48,
+        optimizer=_optimizer(1e-3),
+        loop=LoopConfig(
+            num_steps=500,
+            validate_every=50,
+            checkpoint_every=50,
+            best="validation/loss",
+            patience=3,
+        ),
+    ),
+    # DPO and control had four settings each, compared on validation prompts.
+    dpo=StageConfig(
+        groups_per_step=32,
+        optimizer=_optimizer(1e-4),
+        loop=LoopConfig(num_steps=150, validate_every=50, checkpoint_every=50),
+    ),
+    control_optimizer=_optimizer(3e-4),
 )
+
+
+def _shorten(stage: StageConfig, num_steps: int, groups: int) -> StageConfig:
+    return dataclasses.replace(
+        stage,
+        groups_per_step=groups,
+        optimizer=dataclasses.replace(stage.optimizer, warmup_steps=2),
+        loop=dataclasses.replace(
+            stage.loop, num_steps=num_steps, validate_every=num_steps // 2
+        ),
+    )
+
+
 SMOKE = dataclasses.replace(
     SMALL,
     decoder=DecoderSizes(
@@ -157,9 +179,10 @@ SMOKE = dataclasses.replace(
     num_demonstrations=300,
     num_pair_prompts=40,
     num_eval_prompts=24,
-    base=_stage(20, 16, 3e-3, every=10),
-    sft=_stage(20, 16, 1e-3, every=10, best="validation/loss", patience=3),
-    dpo=_stage(8, 8, 2e-4, every=4),
+    base=_shorten(SMALL.base, 20, 16),
+    sft=_shorten(SMALL.sft, 20, 16),
+    dpo=_shorten(SMALL.dpo, 8, 8),
+    control_optimizer=dataclasses.replace(SMALL.control_optimizer, warmup_steps=2),
 )
 PRESETS = {"small": SMALL, "smoke": SMOKE}
 
@@ -391,7 +414,7 @@ def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
     pairs = tuple(store_anchor(pipeline, reference, part, config.dpo) for part in pairs)
     train("DPO", dpo_method, reference, pairs, config.dpo, "pairs")
     chosen = tuple([only_response(CHOSEN, group) for group in part] for part in pairs)
-    control = dataclasses.replace(config.dpo, optimizer=config.sft.optimizer)
+    control = dataclasses.replace(config.dpo, optimizer=config.control_optimizer)
     train("control", sft_method, reference, chosen, control, "demonstrations")
 
     _logger.info("evaluation on %d held-out prompts", len(task.eval_prompts))

@@ -15,7 +15,9 @@ TINY = (
     "--pair-samples 4 --num-eval-prompts 8 --eval-samples 2 --max-new-tokens 12 "
     "--base.loop.num-steps 4 --base.loop.validate-every 2 "
     "--sft.loop.num-steps 4 --sft.loop.validate-every 2 "
-    "--dpo.loop.num-steps 2 --dpo.groups-per-step 4"
+    "--dpo.loop.num-steps 2 --dpo.groups-per-step 4 "
+    "--base.optimizer.warmup-steps 1 --sft.optimizer.warmup-steps 1 "
+    "--dpo.optimizer.warmup-steps 1 --control-optimizer.warmup-steps 1"
 ).split()
 
 
