@@ -567,6 +567,11 @@ def run_config(config: Config) -> pathlib.Path:
         first = "base, " if config.data is None else ""
         last = "DPO, control, evaluation"
         _logger.info("stages: %sSFT, pairs, %s", first, last)
+        as_shipped = dataclasses.replace(
+            config, name=SMALL.name, root=SMALL.root, seed=SMALL.seed
+        )
+        if as_shipped == SMALL:
+            _logger.info("this takes 5 to 10 minutes on two CPU cores")
         task = make_world_task(config) if config.data is None else make_own_task(config)
         for note in task.notes:
             _logger.info("%s", note)

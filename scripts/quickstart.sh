@@ -13,6 +13,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment ${EXTRAS:+${EXTRAS//,/ }}
 name_accelerator
 
+# transformers says at every start that it found no PyTorch; nothing here wants it.
+export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 # The caller's folder stays current, so that `--data pairs.jsonl` means the caller's
 # file; -P keeps a folder `experiments` in it from being taken for ours.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -64,7 +64,7 @@ def fit_group(group: TokenGroup, row_length: int, policy: str) -> TokenGroup | N
 
     Returns:
       The group, a cut copy, or None if it has to be left out: under "drop" always,
-      under "keep_start" when less than one target a response would be left, under
+      under "keep_start" when a response would be left without a trained target, under
       "keep_end" when the responses alone do not fit.
     """
     surplus = group.num_tokens - row_length
@@ -79,7 +79,9 @@ def fit_group(group: TokenGroup, row_length: int, policy: str) -> TokenGroup | N
             cut = min(surplus, max(1, lengths[longest] - max(runner_up, 1)))
             lengths[longest] -= cut
             surplus -= cut
-        return None if surplus > 0 else _cut_responses(group, lengths)
+        cut = _cut_responses(group, lengths)
+        trained = all(mask.any() for mask in cut.loss_masks)
+        return None if surplus > 0 or not trained else cut
     if policy == "keep_end":
         keep = len(group.prompt) - surplus
         if keep < 2:
@@ -292,16 +294,46 @@ def _check_group(group: TokenGroup, shape: RowShape, first: TokenGroup) -> None:
             f"{longest} tokens; the shape has {shape.num_responses} of up to "
             f"{shape.num_targets}."
         )
-    if set(group.extras) != set(first.extras):
-        raise ValueError(
-            f"record {group.record} has the extras {sorted(group.extras)}, record "
-            f"{first.record} has {sorted(first.extras)}; all must have the same."
-        )
     if not len(group.prompt) or min(len(r) for r in group.responses) == 0:
         raise ValueError(
             f"record {group.record} has an empty prompt or an empty response; a prompt "
             f"needs a token (a BOS will do) and so does each response."
         )
+    for name, values in _per_response(group).items():
+        needed = [len(response) for response in group.responses]
+        lengths = [len(value) for value in values]
+        if lengths != needed:
+            raise ValueError(
+                f"record {group.record} has {name} of lengths {lengths}; its responses "
+                f"have {needed} tokens."
+            )
+    if len(group.labels) != len(group.responses):
+        raise ValueError(
+            f"record {group.record} has {len(group.labels)} labels and "
+            f"{len(group.responses)} responses."
+        )
+    if set(group.extras) != set(first.extras):
+        raise ValueError(
+            f"record {group.record} has the extras {sorted(group.extras)}, record "
+            f"{first.record} has {sorted(first.extras)}; all must have the same."
+        )
+    if (group.step_ids is None) != (first.step_ids is None):
+        raise ValueError(
+            f"record {group.record} and record {first.record} do not both have "
+            f"step_ids; all groups of a batch must, or none."
+        )
+
+
+def _per_response(group: TokenGroup) -> dict:
+    """The fields that hold one entry a token of each response."""
+    fields = {"loss_masks": group.loss_masks}
+    if group.step_ids is not None:
+        fields["step_ids"] = group.step_ids
+    return fields | {
+        name: value
+        for name, value in group.extras.items()
+        if EXTRAS[name].endswith("T")
+    }
 
 
 def _fill_extras(extras, b, group: TokenGroup) -> None:

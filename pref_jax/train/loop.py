@@ -124,7 +124,7 @@ def fit(
         run = _Loop(checkpoints, config, guard, validate, throughput)
         latest = checkpoints.latest_step()
         if latest is not None:
-            state = checkpoints.restore(state)
+            state = checkpoints.restore(_release(state))
             run.restore(checkpoints.restore_meta())
             source.set_state(int(state.data))
             _logger.info("%s goes on from step %d", name, latest)
@@ -144,6 +144,15 @@ def fit(
         )
     write_json(done, dataclasses.asdict(result))
     return result
+
+
+def _release(state: TrainState) -> TrainState:
+    """The shapes and shardings of a state whose arrays are freed: never two at once."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    jax.tree.map(lambda x: x.delete(), state)
+    return abstract
 
 
 def _open_checkpoints(folder, config: LoopConfig, **options) -> Checkpoints:

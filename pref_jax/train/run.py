@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -82,7 +83,13 @@ def _commit() -> str:
 def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec else pathlib.Path(sys.argv[0]).name
-    return shlex.join(["python", *program.split(" "), *sys.argv[1:]])
+    arguments = [_without_folders(argument) for argument in sys.argv[1:]]
+    return shlex.join(["python", *program.split(" "), *arguments])
+
+
+def _without_folders(argument: str) -> str:
+    """An argument whose absolute path, if it holds one, is cut to the last name."""
+    return re.sub(r"(^|=)(?:/|~/)(?:[^/=]*/)*([^/=]+)", r"\1\2", argument)
 
 
 @contextlib.contextmanager
@@ -174,7 +181,9 @@ def _differences(saved, needed, path: str = "") -> str:
     if isinstance(saved, dict) and isinstance(needed, dict):
         parts = [
             _differences(
-                saved.get(key), needed.get(key), f"{path}.{key}" if path else key
+                saved.get(key, "nothing"),
+                needed.get(key, "nothing"),
+                f"{path}.{key}".lstrip("."),
             )
             for key in sorted(saved.keys() | needed.keys())
         ]

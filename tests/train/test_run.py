@@ -83,7 +83,7 @@ def test_a_named_run_is_made_and_continued(tmp_path):
 
 def test_a_named_run_with_another_config_is_refused_by_field(tmp_path):
     open_and_close(tmp_path, name="mine")
-    other = {"beta": 0.5, "train": {"steps": 20, "sizes": (4, 8)}, "new": None}
+    other = {"beta": 0.5, "train": {"steps": 20, "sizes": (4, 8)}}
     with pytest.raises(RunFolderError) as raised:
         open_and_close(tmp_path, other, name="mine")
     message = str(raised.value)

@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -146,20 +147,21 @@ class CountingSource(sources.OfflineSource):
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory):
-    """One stage straight, and one that was stopped after two steps and continued."""
+    """One stage straight; one stopped after two steps and continued here, and there."""
     root = tmp_path_factory.mktemp("lives")
     config = LoopConfig(num_steps=6, validate_every=4, checkpoint_every=6)
     method = dataclasses.replace(DPO, analyses=(longest,))
     params = make_params(0, SHALLOW)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    batches = tiny_stage.make_batches(mesh, dataclasses.replace(CONFIG, loop=config))
 
-    def live(name, stop_at=None):
+    def live(name, stop_at=None, num_devices=1):
+        mesh = sharding.make_mesh(fsdp=num_devices, devices=jax.devices()[:num_devices])
         guard = PreemptionGuard()
 
         def before_batch(number):
             guard.requested = number == stop_at
 
+        stage_config = dataclasses.replace(CONFIG, loop=config)
+        batches = tiny_stage.make_batches(mesh, stage_config)
         source = CountingSource(batches, params, before_batch)
         trained, fitted = None, None
         with contextlib.suppress(Preempted):
@@ -176,10 +178,14 @@ def lives(tmp_path_factory):
             )
         return Life(root / name, config, trained, fitted, source.counts)
 
+    straight, stopped = live("straight"), live("stopped", stop_at=1)
+    for name in ("resumed", "elsewhere"):
+        shutil.copytree(stopped.folder, root / name)
     return {
-        "straight": live("straight"),
-        "stopped": live("resumed", stop_at=1),
+        "straight": straight,
+        "stopped": stopped,
         "resumed": live("resumed"),
+        "elsewhere": live("elsewhere", num_devices=2),
     }
 
 
@@ -203,11 +209,25 @@ def test_without_a_best_the_last_parameters_are_returned(lives):
 
 
 def test_a_stopped_stage_goes_on_to_the_same_end(lives):
-    straight, stopped, resumed = lives.values()
-    assert stopped.params is None
-    assert [len(life.counts) for life in lives.values()] == [6, 2, 4]
-    assert_same(resumed.params, straight.params)
-    assert resumed.fitted.steps == straight.fitted.steps
+    assert lives["stopped"].params is None
+    assert [len(life.counts) for life in lives.values()] == [6, 2, 4, 4]
+    assert_same(lives["resumed"].params, lives["straight"].params)
+    assert lives["resumed"].fitted.steps == lives["straight"].fitted.steps
+
+
+def test_a_stage_goes_on_to_the_same_end_on_another_mesh(lives):
+    found, expected = lives["elsewhere"].params, lives["straight"].params
+    assert len(found["mix"].sharding.device_set) == 2
+    for name, leaf in expected.items():
+        # The bound is ours: Adam turns rounding of small gradients into larger steps.
+        difference = np.linalg.norm(np.asarray(found[name]) - np.asarray(leaf))
+        assert difference <= 1e-4 * np.linalg.norm(leaf)
+    for line, wanted in zip(
+        lines(lives["elsewhere"].folder), lines(lives["straight"].folder), strict=True
+    ):
+        assert line.keys() == wanted.keys()
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["straight", "stopped", "resumed"])

@@ -330,6 +330,17 @@ def test_a_step_counts_and_keeps_the_key():
     )
 
 
+def test_a_group_without_weight_is_never_the_bad_one():
+    batch = bandit_batch(0)
+    empty = np.flatnonzero(~batch.valid.all(axis=-1))
+    assert empty.size
+    batch = dataclasses.replace(batch, grades=batch.grades.at[empty].set(math.nan))
+    state = init_state({"arms": np.zeros(2)}, SGD, rng=jax.random.key(0))
+    _, outputs = make_train_step(BANDIT, None, SGD)(state, batch)
+    assert outputs["finite"].all()
+    assert math.isfinite(outputs["metrics"]["loss"])
+
+
 def test_the_anchor_is_refreshed_from_the_new_parameters_and_the_new_step():
     def refresh(params, step, anchor):
         return {"arms": params["arms"] + 10 * step + 100 * anchor["arms"]}
