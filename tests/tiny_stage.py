@@ -87,7 +87,7 @@ SFT = Method(
 CONFIG = StageConfig(
     groups_per_step=4,
     num_microbatches=2,
-    optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=5),
+    optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
     loop=LoopConfig(
         num_steps=40, validate_every=12, checkpoint_every=3, best="validation/loss"
     ),

@@ -286,6 +286,18 @@ def test_a_crash_anywhere_changes_nothing(stage, straight, tmp_path, number):
     stage.assert_same_end(tmp_path, straight)
 
 
+def test_lines_of_steps_that_were_undone_are_written_anew(stage, tmp_path):
+    config = LoopConfig(num_steps=6, validate_every=4, checkpoint_every=6)
+    with pytest.raises(Crash):
+        stage.fit(tmp_path, config, source=Watched(stage.batches, fail_at(3)))
+    undone = lines(tmp_path)
+    assert [line["step"] for line in undone] == [1, 2] and not steps_on_disk(tmp_path)
+    stage.fit(tmp_path, config)
+    # The last step is validated, due or not.
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 6]
+    assert lines(tmp_path)[:2] == undone
+
+
 @pytest.mark.parametrize("number", [0, 1, 2, 4])
 def test_a_stop_is_saved_and_continued(stage, straight, tmp_path, number):
     guard = PreemptionGuard()

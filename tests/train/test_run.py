@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 
+from pref_jax.train import run as run_lib
 from pref_jax.train.run import (
     CONFIG_FILE,
     RECORD_FILE,
@@ -171,14 +173,29 @@ def run_as(monkeypatch, *argv, module=None):
 
 
 def test_the_environment_says_what_ran(monkeypatch):
-    run_as(monkeypatch, "quickstart.py", "--beta", "0.1", "--note", "two words")
+    run_as(monkeypatch, "/opt/quickstart.py", "--beta", "0.1", "--note", "two words")
     found = environment()
     assert found["command"] == "python quickstart.py --beta 0.1 --note 'two words'"
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"jax", "flax", "optax", "numpy"} <= found["versions"].keys()
     assert (found["device"], found["processes"]) == ("8 x cpu", 1)
-    commit = r"[0-9a-f]{40}( with uncommitted changes)?|unknown: not a git checkout"
-    assert re.fullmatch(commit, found["commit"])
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_says_whether_the_code_is_committed(tmp_path, monkeypatch):
+    module = tmp_path / "run.py"
+    module.write_text("")
+    monkeypatch.setattr(run_lib, "__file__", str(module))
+    # A checkout above the folder of the tests would be found.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment()["commit"] == "unknown: not a git checkout"
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "one")):
+        subprocess.run(["git", *author, *command], cwd=tmp_path, check=True)
+    commit = environment()["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    module.write_text("changed = True\n")
+    assert environment()["commit"] == f"{commit} with uncommitted changes"
 
 
 def test_a_module_is_named_as_it_was_run(monkeypatch):

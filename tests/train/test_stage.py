@@ -15,11 +15,10 @@ import pytest
 import tiny_stage
 from pref_jax.data import sources
 from pref_jax.method import objective
-from pref_jax.train import loop, sharding
+from pref_jax.train import loop, optimizer, sharding
 from pref_jax.train import stage as stage_lib
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.loop import LoopConfig, Preempted
-from pref_jax.train.optimizer import make_schedule
 from tiny_stage import CONFIG, DPO, MODEL, SHALLOW, make_groups, make_params
 
 LOOP = LoopConfig(
@@ -248,7 +247,7 @@ def test_analyses_are_measured_in_the_middle_and_at_the_end(lives):
 
 
 def test_the_schedule_spans_the_stage(lives):
-    rate = make_schedule(CONFIG.optimizer, 6)
+    rate = optimizer.make_schedule(CONFIG.optimizer, 6)
     found = [
         line["learning_rate"]
         for line in lines(lives["resumed"].folder)
@@ -268,7 +267,12 @@ def test_what_the_loop_is_given(tmp_path, monkeypatch):
         found.append((options["flops_per_token"], jax.random.key_data(state.rng)))
         raise Stop
 
+    def make_optimizer(config, num_steps, **options):
+        assert (config, num_steps) == (CONFIG.optimizer, LOOP.num_steps)
+        return optimizer.make_optimizer(config, num_steps, **options)
+
     monkeypatch.setattr(stage_lib.loop, "fit", fit)
+    monkeypatch.setattr(stage_lib, "make_optimizer", make_optimizer)
     params = make_params(0, SHALLOW)
     for anchor in ((), params):
         with pytest.raises(Stop):
