@@ -151,8 +151,8 @@ are free. Make room and run the same command again."
 $total MB in all ($free MB are free), 1 to 5 minutes on a good connection."
 
   case "$(uname -s) $wanted" in
-    Linux*parity*) say "4000 MB of it are CUDA libraries, if pip takes torch from PyPI.
-For its CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" ;;
+    Linux*parity*) say "4000 MB of it are CUDA libraries, unless pip is set up to find
+a CPU build of torch." ;;
   esac
 
   # Without a trap bash would go on once pip has ended.

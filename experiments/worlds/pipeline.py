@@ -181,8 +181,8 @@ def sample_pairs(
     """Sample, grade, and compare the responses to each prompt two by two.
 
     Samples 0 and 1 make a pair, 2 and 3 the next; the higher grade is chosen. Pairs of
-    equal grades, and pairs with a response that was cut off, are left out; both are
-    counted in the log.
+    equal grades are left out. A response that was cut off stays as it is, without an
+    end token. The log counts both.
 
     Args:
       pipeline: the run.
@@ -206,9 +206,7 @@ def sample_pairs(
             prompt_ids = pipeline.encoder.encode_prompt(prompt).tolist()
             for k in range(0, num_samples, 2):
                 pair = slice(k, k + 2)
-                if not samples.ended[i, pair].all():
-                    counts["cut off"] += 1
-                    continue
+                counts["cut off"] += int((~samples.ended[i, pair]).sum())
                 found = []
                 lengths = samples.length[i, pair]
                 for row, n in zip(samples.tokens[i, pair], lengths, strict=True):
@@ -231,15 +229,15 @@ def sample_pairs(
                 )
         if not lines:
             raise ValueError(
-                f"no pair could be made of {len(prompts)} prompts: {dict(counts)}. "
-                f"Sample for more prompts, or allow more than "
-                f"{pipeline.max_new_tokens} tokens."
+                f"no pair could be made of {len(prompts)} prompts: all grades are "
+                f"equal. Sample for more prompts, or look at the grade."
             )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.replace(path)
         _logger.info(
-            "%s: %d pairs of %d prompts; left out: %d of equal grades, %d cut off",
+            "%s: %d pairs of %d prompts, %d of equal grades left out; %d responses "
+            "were cut off",
             *(path.name, len(lines), len(prompts), counts["equal"], counts["cut off"]),
         )
     groups = []
