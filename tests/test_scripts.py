@@ -81,6 +81,9 @@ class Machine:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # Whoever runs the tests in the background makes them ignore Ctrl-C, and
+            # bash cannot trap a signal that was ignored when it began.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str]:

@@ -299,6 +299,16 @@ def _check_group(group: TokenGroup, shape: RowShape, first: TokenGroup) -> None:
             f"record {group.record} has an empty prompt or an empty response; a prompt "
             f"needs a token (a BOS will do) and so does each response."
         )
+    if set(group.extras) != set(first.extras):
+        raise ValueError(
+            f"record {group.record} has the extras {sorted(group.extras)}, record "
+            f"{first.record} has {sorted(first.extras)}; all must have the same."
+        )
+    if (group.step_ids is None) != (first.step_ids is None):
+        raise ValueError(
+            f"record {group.record} and record {first.record} do not both have "
+            f"step_ids; all groups of a batch must, or none."
+        )
     for name, values in _per_response(group).items():
         needed = [len(response) for response in group.responses]
         lengths = [len(value) for value in values]
@@ -311,16 +321,6 @@ def _check_group(group: TokenGroup, shape: RowShape, first: TokenGroup) -> None:
         raise ValueError(
             f"record {group.record} has {len(group.labels)} labels and "
             f"{len(group.responses)} responses."
-        )
-    if set(group.extras) != set(first.extras):
-        raise ValueError(
-            f"record {group.record} has the extras {sorted(group.extras)}, record "
-            f"{first.record} has {sorted(first.extras)}; all must have the same."
-        )
-    if (group.step_ids is None) != (first.step_ids is None):
-        raise ValueError(
-            f"record {group.record} and record {first.record} do not both have "
-            f"step_ids; all groups of a batch must, or none."
         )
 
 
