@@ -46,6 +46,7 @@ def add_record(root: pathlib.Path, run: pathlib.Path, name: str) -> None:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it cannot be kept.")
     kept = {key: record[key] for key in _KEPT}
     target = root / RECORDS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(kept, indent=1) + "\n")
 
 
