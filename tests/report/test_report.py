@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 
-from pref_jax import report as report_lib
 from pref_jax.report import (
     Card,
     Column,
@@ -30,6 +29,8 @@ from pref_jax.report import (
     to_json,
     write_report,
 )
+from pref_jax.report.__main__ import main
+from pref_jax.report.plots import draw
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "link", "line", "path", "use", "rect"}
@@ -169,11 +170,11 @@ def test_a_run_folder_is_enough_to_make_the_page_again(tmp_path, page_text):
 def test_a_run_without_a_report_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit):
-        report_lib.main()
+        main()
     assert "needs a record.json" in capsys.readouterr().err
     (tmp_path / "record.json").write_text('{"loss": 1}')
     with pytest.raises(SystemExit):
-        report_lib.main()
+        main()
     assert "needs the key \"report\"; it has ['loss']" in capsys.readouterr().err
 
 
@@ -287,7 +288,7 @@ def test_a_point_between_gaps_is_marked():
 
     def num_marks(line):
         panel = Panel("p", "x", "y", (line,))
-        return report_lib._draw(panel, {"a": (0, ())}, "p").count("<use ")
+        return draw(panel, {"a": (0, ())}, "p", label="").count("<use ")
 
     assert num_marks(line) == 20
     assert num_marks(Series("a", line.x, [0.5] * 60)) == 0
@@ -298,7 +299,7 @@ def test_a_point_between_gaps_is_marked():
 def test_logarithmic_axes_carry_plain_numbers(decades, ticks):
     line = Series("a", [1, 2], [10.0 ** (2 - decades), 100.0])
     panel = Panel("p", "x", "y", (line,), log_y=True)
-    drawing = report_lib._draw(panel, {"a": (0, ())}, "p")
+    drawing = draw(panel, {"a": (0, ())}, "p", label="")
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
     assert ticks <= set(labels) and len(set(labels)) < 20
     assert not any("$" in label for label in labels)
@@ -310,7 +311,7 @@ def test_bands_and_dashes_are_drawn():
         Panel("p", "x", "y", (line,)),
         Histogram("h", "x", "y", [0, 1], {"a": [3]}),
     ):
-        drawing = report_lib._draw(kind, {"a": (4, (5, 2))}, "p")
+        drawing = draw(kind, {"a": (4, (5, 2))}, "p", label="")
         assert re.search(r"fill: var\(--series-4\); [\w-]*opacity: 0.18", drawing)
         assert "stroke-dasharray: " in drawing
 
