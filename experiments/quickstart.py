@@ -27,10 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import importlib
 import logging
-import os
 import pathlib
 import sys
 import time
@@ -38,9 +35,8 @@ import time
 import jax
 import numpy as np
 
-from experiments.worlds import instructions, sections
+from experiments.worlds import instructions, sections, tasks
 from experiments.worlds.pipeline import (
-    Grade,
     Pipeline,
     measure_preferences,
     measure_responses,
@@ -49,7 +45,6 @@ from experiments.worlds.pipeline import (
     store_anchor,
 )
 from pref_jax import anchors, report, rewards
-from pref_jax.data import records, templates
 from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
@@ -62,7 +57,7 @@ from pref_jax.train.logging import configure_logging
 from pref_jax.train.loop import LoopConfig, NonFiniteError, Preempted
 from pref_jax.train.optimizer import OptimizerConfig
 from pref_jax.train.stage import StageConfig
-from pref_jax.types import CHOSEN, REJECTED, TokenGroup
+from pref_jax.types import CHOSEN, REJECTED
 
 _logger = logging.getLogger("pref_jax.experiments")
 
@@ -210,150 +205,32 @@ def make_method(config: Config) -> Method:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is learnt and measured: the world's, or your own.
-
-    Attributes:
-      encoder: text <-> ids.
-      vocab_size: of a fresh decoder, so that every id has an embedding.
-      documents: training and held-out text to pre-train on; None: nothing is.
-      demonstrations: training and held-out groups, K = 1.
-      pairs: training and held-out groups, K = 2; None: sampled for `pair_prompts`.
-      pair_prompts: training and held-out prompts.
-      eval_prompts: prompts of the final evaluation.
-      grade: (prompt, response) -> parts of the true reward, "reward" first; or None.
-      notes: what was read, left out and counted, for the report.
-    """
-
-    encoder: templates.TextEncoder
-    vocab_size: int
-    documents: tuple[list[TokenGroup], list[TokenGroup]] | None
-    demonstrations: tuple[list[TokenGroup], list[TokenGroup]]
-    pairs: tuple[list[TokenGroup], list[TokenGroup]] | None
-    pair_prompts: tuple[list, list]
-    eval_prompts: list
-    grade: Grade | None
-    notes: tuple[str, ...]
-
-
-def make_world_task(config: Config) -> Task:
-    """The embedded world: text, demonstrations, prompts and the true grade."""
-    world, seed = config.world, config.seed
-    tokenizer = instructions.train_tokenizer(world)
-    encoder = templates.TextEncoder(tokenizer)
-
-    def encode(rows):
-        return [encoder.encode(record) for record in records.from_objects(rows)]
-
-    text = instructions.documents(world, config.num_documents, seed)
-    documents = encode({"prompt": "", "response": line} for line in text)
-    demonstrations = encode(
-        instructions.demonstrations(world, config.num_demonstrations, seed)
-    )
-
-    def prompts(split, num):
-        return instructions.prompts(world, split, num, seed)
-
-    def grade(prompt, response):
-        parts = instructions.grade(prompt, response, world=world)
-        return {name: getattr(parts, name) for name in _WORLD_PARTS}
-
-    return Task(
-        encoder=encoder,
-        vocab_size=len(tokenizer),
-        documents=_cut(documents),
-        demonstrations=_cut(demonstrations),
-        pairs=None,
-        pair_prompts=(
-            prompts("train", config.num_pair_prompts),
-            prompts("validation", max(16, config.num_pair_prompts // 5)),
-        ),
-        eval_prompts=prompts("test", config.num_eval_prompts),
-        grade=grade,
-        notes=(
-            "The embedded instruction language; training, validation and test "
-            "prompts share no instruction.",
-        ),
-    )
-
-
-_WORLD_PARTS = ("reward", "right", "format", "length")
-
-
-def _cut(groups, rate=0.05):
-    """The last share of already shuffled groups is held out."""
-    num_heldout = max(1, int(len(groups) * rate))
-    return groups[:-num_heldout], groups[-num_heldout:]
-
-
-def make_own_task(config: Config) -> Task:
-    """Your own file, tokenizer and grade in the place of the world's."""
-    tokenizer = templates.load_tokenizer(config.tokenizer or config.model)
-    if config.model is not None:
-        vocab_size = pretrained.load_config(config.model).vocab_size
-        templates.check_vocabulary(tokenizer, vocab_size)
-    encoder = templates.TextEncoder(tokenizer)
-    read = functools.partial(records.read_jsonl, on_error=config.on_error)
-    found = read(config.data)
-    if config.heldout is not None:
-        train, heldout = list(found), list(read(config.heldout))
-    else:
-        train = [r for r in found if not _is_heldout(r.prompt)]
-        heldout = [r for r in found if _is_heldout(r.prompt)]
-    if found.num_responses > 2 or not train or not heldout:
-        raise ValueError(
-            f"{config.data} has {found.num_responses} responses a row, {len(train)} "
-            f"training and {len(heldout)} held-out rows. This experiment takes pairs "
-            f"or demonstrations, and some of both splits; give --heldout FILE if a "
-            f"tenth of the prompts is too few."
+def make_task(config: Config) -> tasks.Task:
+    """The embedded world, or the user's own data."""
+    if config.data is None:
+        return tasks.world_task(
+            config.world,
+            seed=config.seed,
+            num_documents=config.num_documents,
+            num_demonstrations=config.num_demonstrations,
+            num_pair_prompts=config.num_pair_prompts,
+            num_eval_prompts=config.num_eval_prompts,
         )
-    if found.num_responses == 1 and config.grade is None:
-        raise ValueError(
-            f"{config.data} holds demonstrations, so pairs have to be sampled and "
-            f"graded: give --grade module:function, or a file of pairs."
-        )
-    row_groups = [[encoder.encode(r) for r in part] for part in (train, heldout)]
-    is_pairs = found.num_responses == 2
-    prompts = [list({r.prompt: None for r in part}) for part in (train, heldout)]
-    return Task(
-        encoder=encoder,
-        vocab_size=len(tokenizer),
-        documents=None,
-        demonstrations=tuple(
-            [only_response(CHOSEN, g) for g in part] for part in row_groups
-        ),
-        pairs=tuple(row_groups) if is_pairs else None,
-        pair_prompts=tuple(prompts),
-        eval_prompts=prompts[1][: config.num_eval_prompts],
-        grade=None if config.grade is None else _load_grade(config.grade),
-        notes=(found.summary(), encoder.summary()),
+    return tasks.own_task(
+        config.data,
+        heldout=config.heldout,
+        tokenizer=config.tokenizer,
+        model=config.model,
+        grade=config.grade,
+        on_error=config.on_error,
+        num_eval_prompts=config.num_eval_prompts,
     )
-
-
-def _is_heldout(prompt, rate=0.1) -> bool:
-    digest = hashlib.blake2b(repr(prompt).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < rate * 2**64
-
-
-def _load_grade(name: str):
-    """The user's function; a plain number becomes {"reward": number}."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        grade = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--grade {name} must name module:function of (prompt, response) -> "
-            f"number, importable from here: {error}"
-        ) from error
-    return lambda prompt, response: {"reward": float(grade(prompt, response))}
 
 
 _PAIR_USE, _HELDOUT_USE, _EVAL_USE = 1, 2, 3  # draws that must differ
 
 
-def make_model(config: Config, task: Task):
+def make_model(config: Config, task: tasks.Task):
     """The model and its initial parameters: yours, or fresh."""
     sizes = config.decoder
     compute = {name: getattr(sizes, name) for name in ("dtype", "attention", "remat")}
@@ -370,11 +247,12 @@ def make_model(config: Config, task: Task):
     return model, jax.jit(model.init)(jax.random.key(config.seed))
 
 
-def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
+def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
     """All stages and the evaluation; continues what the folder already holds.
 
     Returns:
-      The stages, the measured models, their preferences and the pairs, by name.
+      The stages, the measured models, their preferences, the pairs and the prompts of
+      the evaluation, by name.
     """
     sft_method, dpo_method = make_sft_method(), make_method(config)
     models, stages = {}, {}
@@ -384,6 +262,7 @@ def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
             name, method, params, *groups, stage, unit=unit
         )
 
+    eval_prompts = pipeline.fit_prompts(task.eval_prompts)
     models["base"] = params
     if task.documents is not None:
         train("base", sft_method, params, task.documents, config.base, "documents")
@@ -400,7 +279,7 @@ def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
         sample_pairs(
             pipeline,
             reference,
-            prompts,
+            pipeline.fit_prompts(prompts),
             task.grade,
             num_samples=config.pair_samples,
             use=use,
@@ -417,12 +296,12 @@ def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
     control = dataclasses.replace(config.dpo, optimizer=config.control_optimizer)
     train("control", sft_method, reference, chosen, control, "demonstrations")
 
-    _logger.info("evaluation on %d held-out prompts", len(task.eval_prompts))
+    _logger.info("evaluation on %d held-out prompts", len(eval_prompts))
     measured = {
         name: measure_responses(
             pipeline,
             params,
-            task.eval_prompts,
+            eval_prompts,
             task.grade,
             reference=reference,
             num_samples=config.eval_samples,
@@ -443,10 +322,11 @@ def run(config: Config, pipeline: Pipeline, task: Task, params) -> dict:
         "measured": measured,
         "preferences": preferences,
         "pairs": pairs,
+        "eval_prompts": eval_prompts,
     }
 
 
-def summarise(*, stages, measured, preferences, pairs) -> dict:
+def summarise(*, stages, measured, preferences, pairs, eval_prompts) -> dict:
     """The numbers of a run for its record: each a mean and its 95 % interval."""
     models = {}
     for name, m in measured.items():
@@ -472,19 +352,21 @@ def summarise(*, stages, measured, preferences, pairs) -> dict:
             for name, found in preferences.items()
         },
         "pairs": [len(part) for part in pairs],
+        "eval_prompts": len(eval_prompts),
         "steps": {name: fitted.steps for name, fitted in stages.items()},
     }
 
 
 def make_report(
     config: Config,
-    task: Task,
-    folder: pathlib.Path,
+    task: tasks.Task,
+    pipeline: Pipeline,
     *,
     stages,
     measured,
     preferences,
     pairs,
+    eval_prompts,
     seconds: float,
 ) -> report.Report:
     """Headline, tables, curves and samples of a finished run."""
@@ -525,7 +407,7 @@ def make_report(
         title="SFT, then DPO",
         subtitle="the embedded world" if config.data is None else "your data",
         summary=(
-            f"{len(task.eval_prompts)} held-out prompts, {config.eval_samples} "
+            f"{len(eval_prompts)} held-out prompts, {config.eval_samples} "
             f"responses each at temperature 1; intervals are 95 % bootstrap intervals "
             f"over prompts. The control is SFT continued on the chosen responses with "
             f"DPO's number of updates." + missing
@@ -534,10 +416,10 @@ def make_report(
         sections=(
             *tables,
             sections.behaviour_table(measured, preferences, reference="SFT"),
-            sections.training_curves(folder, list(stages)),
-            sections.sample_table(measured, task.eval_prompts),
+            sections.training_curves(pipeline.folder, list(stages)),
+            sections.sample_table(measured, eval_prompts),
             sections.stage_table(stages),
-            report.Text("Data", (*task.notes, _pair_note(pairs))),
+            report.Text("Data", (*task.notes, *pipeline.notes, _pair_note(pairs))),
             report.Config("Config", dataclasses.asdict(config)),
         ),
         meta={**run_lib.environment(), "duration": seconds},
@@ -572,7 +454,7 @@ def run_config(config: Config) -> pathlib.Path:
         )
         if as_shipped == SMALL:
             _logger.info("this takes 5 to 10 minutes on two CPU cores")
-        task = make_world_task(config) if config.data is None else make_own_task(config)
+        task = make_task(config)
         for note in task.notes:
             _logger.info("%s", note)
         model, params = make_model(config, task)
@@ -589,7 +471,7 @@ def run_config(config: Config) -> pathlib.Path:
         )
         results = run(config, pipeline, task, params)
         seconds = time.perf_counter() - began
-        finished = make_report(config, task, folder, **results, seconds=seconds)
+        finished = make_report(config, task, pipeline, **results, seconds=seconds)
         page = folder / "report.html"
         report.write_report(finished, page)
         record = {

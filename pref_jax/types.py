@@ -141,6 +141,8 @@ class Model:
         (hidden [B, K, D], cache). The tokens stand at position `length + step`.
       param_axes: params -> the same tree with a tuple of logical axis names a leaf.
       vocab_size: V.
+      max_positions: longest text that the parameters are made for, in tokens; None: no
+        limit is known.
       flops_per_token: forward flops of one token of a row, attention left out; three
         times as much with the backward pass.
     """
@@ -153,4 +155,5 @@ class Model:
     decode: Callable[..., tuple[Array, PyTree]]
     param_axes: Callable[[PyTree], PyTree]
     vocab_size: int
+    max_positions: int | None
     flops_per_token: float

@@ -48,6 +48,7 @@ class Pipeline:
       row_length: L, positions; None: the longest group, at least 128.
       long_groups: policy for groups that are longer than a row.
       max_new_tokens: of a sampled response.
+      notes: what was dropped, cut or left out on the way, for the report.
     """
 
     folder: pathlib.Path
@@ -59,18 +60,59 @@ class Pipeline:
     row_length: int | None
     long_groups: str
     max_new_tokens: int
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def fit(self, groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], int]:
-        """The groups that fit a row, and its length; what does not is logged."""
-        length = self.row_length or max(128, sources.longest_group(groups))
-        fitted, counts = sources.fit_groups(groups, length, policy=self.long_groups)
+        """The groups that fit a row and the model, and the length of a row.
+
+        What was dropped or cut is logged, and stands in `notes`.
+        """
+        fitted, counts = sources.fit_groups(
+            groups,
+            self.row_length or sources.longest_group(groups),
+            policy=self.long_groups,
+            max_positions=self.model.max_positions,
+        )
+        length = self.row_length or max(128, sources.longest_group(fitted))
         if counts["dropped"] or counts["cut"]:
-            _logger.warning(
-                "of %(groups)d groups %(dropped)d were dropped and %(cut)d cut to fit "
-                "a row",
-                counts,
+            self._note(
+                f"of {counts['groups']} groups {counts['dropped']} were dropped and "
+                f"{counts['cut']} cut (policy {self.long_groups}): rows have {length} "
+                f"positions, the model {self.model.max_positions or 'any number'}"
             )
         return fitted, length
+
+    def fit_prompts(self, prompts: Sequence) -> list:
+        """The prompts that leave the model room for a whole response.
+
+        What was left out is logged, and stands in `notes`.
+
+        Raises:
+          ValueError: none does.
+        """
+        most = self.model.max_positions
+        if most is None:
+            return list(prompts)
+        room = most - self.max_new_tokens
+        fitted = [p for p in prompts if len(self.encoder.encode_prompt(p)) <= room]
+        if not fitted:
+            raise ValueError(
+                f"none of {len(prompts)} prompts leaves room for {self.max_new_tokens} "
+                f"new tokens: the model has {most} positions. Use shorter prompts, or "
+                f"a smaller --max-new-tokens."
+            )
+        if len(fitted) < len(prompts):
+            self._note(
+                f"of {len(prompts)} prompts {len(prompts) - len(fitted)} were left "
+                f"out: with {self.max_new_tokens} new tokens they are longer than the "
+                f"model's {most} positions"
+            )
+        return fitted
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            _logger.warning("%s", text)
 
     def batches(self, groups, row_length: int, stage: StageConfig) -> sources.Batches:
         """Every group once, in order."""

@@ -50,8 +50,14 @@ class RowShape:
     num_targets: int
 
 
-def fit_group(group: TokenGroup, row_length: int, policy: str) -> TokenGroup | None:
-    """Make a group fit a row of its own, or say that it cannot.
+def fit_group(
+    group: TokenGroup,
+    row_length: int,
+    policy: str,
+    *,
+    max_positions: int | None = None,
+) -> TokenGroup | None:
+    """Make a group fit a row of its own and its texts the model, or say that it cannot.
 
     All responses of a group keep the same prompt, and none is emptied.
 
@@ -61,17 +67,26 @@ def fit_group(group: TokenGroup, row_length: int, policy: str) -> TokenGroup | N
       policy: "drop" leaves a longer group out; "keep_start" keeps the prompt and cuts
         the ends of the responses, the longest first; "keep_end" keeps the responses and
         cuts the start of the prompt, but for its first token, which may be the BOS.
+      max_positions: longest text of the model: a prompt with one response; None: any.
 
     Returns:
       The group, a cut copy, or None if it has to be left out: under "drop" always,
       under "keep_start" when a response would be left without a trained target, under
       "keep_end" when the responses alone do not fit.
+
+    Raises:
+      ValueError: the policy is not known.
     """
+    lengths = np.array([len(response) for response in group.responses])
     surplus = group.num_tokens - row_length
-    if surplus <= 0:
+    room = np.inf if max_positions is None else max_positions - len(group.prompt)
+    if surplus <= 0 and lengths.max() <= room:
         return group
     if policy == "keep_start":
-        lengths = np.array([len(response) for response in group.responses])
+        if room < 1:
+            return None
+        surplus -= int(np.maximum(lengths - room, 0).sum())
+        lengths = np.minimum(lengths, room).astype(int)
         while surplus > 0 and lengths.max() > 1:
             longest = lengths.argmax()
             others = np.delete(lengths, longest)
@@ -83,7 +98,7 @@ def fit_group(group: TokenGroup, row_length: int, policy: str) -> TokenGroup | N
         trained = all(mask.any() for mask in cut.loss_masks)
         return None if surplus > 0 or not trained else cut
     if policy == "keep_end":
-        keep = len(group.prompt) - surplus
+        keep = len(group.prompt) - int(max(surplus, lengths.max() - room))
         if keep < 2:
             return None
         prompt = np.concatenate([group.prompt[:1], group.prompt[1 - keep :]])

@@ -65,9 +65,19 @@ class Batches(Sequence):
 
 
 def fit_groups(
-    groups: Sequence[TokenGroup], row_length: int, *, policy: str
+    groups: Sequence[TokenGroup],
+    row_length: int,
+    *,
+    policy: str,
+    max_positions: int | None = None,
 ) -> tuple[list[TokenGroup], dict[str, int]]:
     """Apply `rows.fit_group` to all groups and count what it did.
+
+    Args:
+      groups: the ids.
+      row_length: L.
+      policy: one of `rows.FIT_POLICIES`.
+      max_positions: longest text of the model, or None.
 
     Returns:
       The groups that fit, in order, and {"groups", "dropped", "cut"}.
@@ -77,7 +87,7 @@ def fit_groups(
     """
     fitted, counts = [], collections.Counter(groups=len(groups), dropped=0, cut=0)
     for group in groups:
-        result = rows.fit_group(group, row_length, policy)
+        result = rows.fit_group(group, row_length, policy, max_positions=max_positions)
         if result is None:
             counts["dropped"] += 1
             continue
@@ -87,8 +97,9 @@ def fit_groups(
         shortest = min((group.num_tokens for group in groups), default=0)
         raise ValueError(
             f"no group fits a row: {len(groups)} groups, the shortest takes {shortest} "
-            f"positions, `row_length` is {row_length} and the policy {policy!r}. "
-            f"Use longer rows, or the policy keep_start or keep_end."
+            f"positions, `row_length` is {row_length}, the model's longest text "
+            f"{max_positions or 'of any length'} and the policy {policy!r}. Use longer "
+            f"rows, or the policy keep_start or keep_end."
         )
     return fitted, dict(counts)
 

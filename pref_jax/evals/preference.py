@@ -69,6 +69,9 @@ def wins(grades, other_grades) -> np.ndarray:
       grades: float[N].
       other_grades: float[N], of the same prompts.
 
+    Returns:
+      f64[N]; NaN where a grade is NaN.
+
     >>> wins([2.0, 1.0, 0.0], [1.0, 1.0, 1.0]).tolist()
     [1.0, 0.5, 0.0]
     """
@@ -78,4 +81,6 @@ def wins(grades, other_grades) -> np.ndarray:
             f"both models need a grade for each prompt; got {grades.shape} and "
             f"{other_grades.shape}."
         )
-    return np.heaviside(grades - other_grades, 0.5)
+    # By comparison: two infinite grades tie, and their difference would be NaN.
+    won = (grades > other_grades) + 0.5 * (grades == other_grades)
+    return np.where(np.isnan(grades) | np.isnan(other_grades), np.nan, won)

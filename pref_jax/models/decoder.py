@@ -56,6 +56,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5  # inside the square root of RMSNorm
     tied: bool = True  # unembedding = embedding
     embedding_scale: float = 1.0  # what the embedding of a token is multiplied by
+    max_positions: int | None = None  # longest text that it is made for; None: any
     dtype: str = "float32"  # of matrix products: float32 or bfloat16
     attention: str = "xla"  # a name of attention.IMPLEMENTATIONS
     remat: str = "none"  # a name of REMAT_POLICIES
@@ -65,6 +66,8 @@ class DecoderConfig:
         for name in (*sizes, "head_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {self}.")
+        if self.max_positions is not None and self.max_positions < 1:
+            raise ValueError(f"`max_positions` must be at least 1; got {self}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"`num_heads` must be a multiple of `num_kv_heads`; got "
@@ -326,6 +329,7 @@ def make_decoder(config: DecoderConfig) -> Model:
         decode=functools.partial(_decode, module),
         param_axes=param_axes,
         vocab_size=config.vocab_size,
+        max_positions=config.max_positions,
         flops_per_token=flops,
     )
 

@@ -101,6 +101,7 @@ def load_config(path: str) -> DecoderConfig:
         period=(LayerKind(rope_theta=float(rope["rope_theta"])),),
         norm_eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
+        max_positions=config.max_position_embeddings,
     )
 
 

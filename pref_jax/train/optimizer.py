@@ -22,9 +22,9 @@ class OptimizerConfig:
     schedule: str = "cosine"  # constant, linear or cosine, over all steps
     clip_norm: float = 1.0  # of the global gradient
     weight_decay: float = 0.0  # not on norms
-    b1: float = 0.9
-    b2: float = 0.95  # ours: short runs
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of the mean gradient
+    b2: float = 0.95  # decay of the mean squared gradient; ours: short runs
+    eps: float = 1e-8  # added to the root of the mean squared gradient
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -35,6 +35,9 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive; got {self}.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1); got {self}.")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError(
                 f"`warmup_steps` and `weight_decay` must not be negative; got {self}."

@@ -107,17 +107,21 @@ def open_run(
       name: of the run; None: chosen as above.
 
     Yields:
-      The run's folder. It holds `config.json` and is locked until the block is left.
+      The run's folder, locked until the block is left. Its `config.json` holds the
+      config, and each environment that the run was started or continued in.
 
     Raises:
       RunFolderError: the named run is finished, has another config, or is in use.
     """
-    config = json.loads(json.dumps(config))  # tuples become lists, as when read back
+    config = as_read_back(config)
     with contextlib.ExitStack() as stack:
         folder = _claim(stack, pathlib.Path(root), config, name)
         path = folder / CONFIG_FILE
-        if not path.exists():
-            write_json(path, {"config": config, "environment": environment()})
+        saved = json.loads(path.read_text()) if path.exists() else {"config": config}
+        environments = saved.setdefault("environments", [])
+        if environment() not in environments:
+            environments.append(environment())
+            write_json(path, saved)
         yield folder
 
 
@@ -129,7 +133,7 @@ def _claim(stack, root, config, name) -> pathlib.Path:
                 f"run {folder} is finished; give another --name, or none."
             )
         if (folder / CONFIG_FILE).exists():
-            changed = _differences(_read_config(folder), config)
+            changed = differences(_read_config(folder), config)
             if changed:
                 raise RunFolderError(
                     f"run {folder} was started with another config: {changed}. "
@@ -176,11 +180,20 @@ def _read_config(folder: pathlib.Path) -> dict:
     return json.loads((folder / CONFIG_FILE).read_text())["config"]
 
 
-def _differences(saved, needed, path: str = "") -> str:
-    """The fields in which two configs differ, as `a.b: saved 1, now 2`."""
+def differences(saved, needed, path: str = "") -> str:
+    """The fields in which two configs differ, as `a.b: saved 1, now 2`.
+
+    Args:
+      saved: plain JSON values.
+      needed: plain JSON values.
+      path: of the field that holds them, for messages.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    'a.b: saved 1, now 2'
+    """
     if isinstance(saved, dict) and isinstance(needed, dict):
         parts = [
-            _differences(
+            differences(
                 saved.get(key, "nothing"),
                 needed.get(key, "nothing"),
                 f"{path}.{key}".lstrip("."),
@@ -189,6 +202,11 @@ def _differences(saved, needed, path: str = "") -> str:
         ]
         return "; ".join(part for part in parts if part)
     return "" if saved == needed else f"{path}: saved {saved!r}, now {needed!r}"
+
+
+def as_read_back(values):
+    """Plain values as they come back from JSON: tuples become lists."""
+    return json.loads(json.dumps(values))
 
 
 def write_json(path: pathlib.Path, value) -> None:

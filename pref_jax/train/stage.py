@@ -7,6 +7,7 @@ validation, and the loop. Experiments chain stages.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -18,9 +19,12 @@ from pref_jax.method import Method
 from pref_jax.train import loop, sharding
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from pref_jax.train.run import as_read_back, differences, write_json
 from pref_jax.train.state import init_state
 from pref_jax.train.step import evaluate, make_eval_step, make_train_step
 from pref_jax.types import Model, PyTree
+
+CONFIG_FILE = "stage.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -83,7 +87,9 @@ def train_stage(
 
     Raises:
       Preempted, NonFiniteError: as `loop.fit`.
+      ValueError: the folder holds a stage of another config.
     """
+    _claim_folder(name, folder, config)
     axes = model.param_axes(params)
     num_steps = config.loop.num_steps
     optimizer = make_optimizer(config.optimizer, num_steps, param_axes=axes)
@@ -131,6 +137,20 @@ def train_stage(
     trained = loop.restore_params(folder, config.loop, abstract, fitted.best_step)
     _logger.info("%s: %d steps in %.0f s", name, fitted.steps, fitted.seconds)
     return trained, fitted
+
+
+def _claim_folder(name: str, folder: pathlib.Path, config: StageConfig) -> None:
+    """Write the config of a new stage; an old one must have been started with it."""
+    values, path = as_read_back(dataclasses.asdict(config)), folder / CONFIG_FILE
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+    changed = differences(json.loads(path.read_text()), values)
+    if changed:
+        raise ValueError(
+            f"stage {name} in {folder} was started with another config: {changed}. "
+            f"Continue it with its own, or train in a new folder."
+        )
 
 
 def _step_flops_per_token(model: Model, anchor: PyTree) -> float:

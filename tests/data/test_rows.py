@@ -285,6 +285,38 @@ def test_keep_end_cuts_the_prompt_after_its_first_token(row_length, prompt):
         assert cut.responses is LONG.responses and cut.extras is LONG.extras
 
 
+@pytest.mark.parametrize(
+    ("policy", "max_positions", "prompt", "lengths"),
+    [
+        ("drop", 11, 5, (6, 3)),  # 5 + 6: a prompt and its longest response
+        ("drop", 10, None, None),
+        ("keep_start", 10, 5, (5, 3)),
+        ("keep_start", 7, 5, (2, 2)),
+        ("keep_start", 5, None, None),
+        ("keep_end", 10, 4, (6, 3)),
+        ("keep_end", 8, 2, (6, 3)),
+        ("keep_end", 7, None, None),
+    ],
+)
+def test_no_text_is_longer_than_the_model(policy, max_positions, prompt, lengths):
+    cut = rows.fit_group(LONG, 15, policy, max_positions=max_positions)
+    if prompt is None:
+        assert cut is None
+        return
+    assert len(cut.prompt) == prompt
+    assert tuple(map(len, cut.responses)) == lengths
+    assert (cut is LONG) == (max_positions == 11)
+
+
+def test_a_short_row_and_a_short_model_cut_what_each_needs():
+    cut = rows.fit_group(LONG, 12, "keep_start", max_positions=9)
+    assert tuple(map(len, cut.responses)) == (3, 3)  # of the row
+    cut = rows.fit_group(LONG, 14, "keep_start", max_positions=9)
+    assert tuple(map(len, cut.responses)) == (4, 3)  # of the model
+    assert len(rows.fit_group(LONG, 14, "keep_end", max_positions=9).prompt) == 3
+    assert len(rows.fit_group(LONG, 12, "keep_end", max_positions=10).prompt) == 2
+
+
 @given(
     seed=st.integers(0, 99),
     row_length=st.integers(1, 60),

@@ -146,13 +146,17 @@ def test_fitting_counts_what_it_drops_and_cuts():
         assert [group.record for group in fitted] == kept
         assert got == counts
         assert max(group.num_tokens for group in fitted) <= 12
+    fitted, got = sources.fit_groups(three, 40, policy="drop", max_positions=13)
+    assert [group.record for group in fitted] == [0]
+    assert got == {"groups": 3, "dropped": 2, "cut": 0}
 
 
 def test_a_run_without_a_group_that_fits_is_an_error():
     shortest = min(group.num_tokens for group in groups())
     message = (
         f"no group fits a row: 10 groups, the shortest takes {shortest} positions, "
-        f"`row_length` is 2 and the policy 'keep_end'"
+        f"`row_length` is 2, the model's longest text of any length and the policy "
+        f"'keep_end'"
     )
     with pytest.raises(ValueError, match=message):
         sources.fit_groups(groups(), 2, policy="keep_end")

@@ -28,6 +28,9 @@ def test_grades_that_are_not_floats_are_compared_as_numbers(dtype):
 
 def test_a_grade_that_is_not_a_number_wins_nothing_silently():
     assert math.isnan(wins([math.nan], [1.0])[0])
+    assert math.isnan(wins([1.0], [math.nan])[0])
+    infinite = wins([-math.inf, math.inf, math.inf], [-math.inf, math.inf, 0.0])
+    assert infinite.tolist() == [0.5, 0.5, 1.0]
     with pytest.raises(ValueError, match="must be finite; 1 of 2 are not"):
         bootstrap_interval(wins([math.nan, 1.0], [1.0, 0.0]))
 

@@ -125,6 +125,12 @@ def test_config_reads_what_older_files_leave_out_or_name_otherwise(checkpoint):
     assert (config.head_dim, config.num_kv_heads) == (8, config.num_heads)
 
 
+def test_the_longest_text_is_that_of_the_config(checkpoint):
+    path = checkpoint.save({"max_position_embeddings": 77})
+    assert pretrained.load_config(path).max_positions == 77
+    assert make_decoder(pretrained.load_config(path)).max_positions == 77
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_other_float_types_load_as_float32_with_the_same_values(checkpoint, dtype):
     # Seven bits after the point: exact in each of the types, as are the exponents.

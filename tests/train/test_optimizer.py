@@ -72,6 +72,8 @@ def test_a_warm_up_longer_than_the_run_is_an_error():
         ({"eps": 0.0}, "`eps` must be positive"),
         ({"warmup_steps": -1}, "`warmup_steps` and `weight_decay` must not be neg"),
         ({"weight_decay": -0.1}, "`warmup_steps` and `weight_decay` must not be neg"),
+        ({"b1": 1.0}, r"`b1` must lie in \[0, 1\)"),
+        ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_an_error(fields, message):

@@ -46,7 +46,7 @@ def test_a_new_run_describes_itself(tmp_path):
     assert folder == tmp_path / "runs" / "tiny" / "001"
     saved = json.loads((folder / CONFIG_FILE).read_text())
     assert saved["config"] == {"beta": 0.1, "train": {"steps": 10, "sizes": [4, 8]}}
-    assert saved["environment"] == environment()
+    assert saved["environments"] == [environment()]
 
 
 def test_the_unfinished_run_of_the_same_config_is_continued(tmp_path):
@@ -54,6 +54,17 @@ def test_the_unfinished_run_of_the_same_config_is_continued(tmp_path):
     before = (first / CONFIG_FILE).read_bytes()
     assert open_and_close(tmp_path) == first
     assert (first / CONFIG_FILE).read_bytes() == before
+
+
+def test_every_environment_that_a_run_was_continued_in_is_kept(tmp_path, monkeypatch):
+    folder = open_and_close(tmp_path)
+    first = environment()
+    other = first | {"commit": "another"}
+    monkeypatch.setattr(run_lib, "environment", lambda: other)
+    for _ in range(2):
+        assert open_and_close(tmp_path) == folder
+    saved = json.loads((folder / CONFIG_FILE).read_text())
+    assert saved["environments"] == [first, other]
 
 
 def test_a_finished_run_gets_a_successor(tmp_path):

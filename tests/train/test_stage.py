@@ -199,6 +199,20 @@ class Life:
     counts: list[int]  # parameter-sized buffers beside the caller's, at each batch
 
 
+def test_a_folder_keeps_to_the_config_that_it_was_started_with(tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    stage_lib.write_json(
+        tmp_path / stage_lib.CONFIG_FILE,
+        stage_lib.as_read_back(
+            dataclasses.asdict(dataclasses.replace(CONFIG, loop=LOOP))
+        ),
+    )
+    longer = dataclasses.replace(LOOP, num_steps=8)
+    with pytest.raises(ValueError, match="loop.num_steps: saved 6, now 8"):
+        train(tmp_path, mesh, loop_config=longer)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_without_a_best_the_last_parameters_are_returned(lives):
     life = lives["straight"]
     assert (life.fitted.steps, life.fitted.best_step) == (6, None)

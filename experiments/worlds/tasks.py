@@ -1,0 +1,219 @@
+"""What an experiment learns and measures: the embedded world, or the user's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import math
+import os
+import sys
+
+from experiments.worlds import instructions
+from experiments.worlds.pipeline import Grade, only_response, prompt_text
+from pref_jax.data import records, templates
+from pref_jax.models import pretrained
+from pref_jax.types import CHOSEN, TokenGroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learnt and measured: the world's, or your own.
+
+    Attributes:
+      encoder: text <-> ids.
+      vocab_size: of a fresh decoder, so that every id has an embedding.
+      documents: training and held-out text to pre-train on; None: nothing is.
+      demonstrations: training and held-out groups, K = 1.
+      pairs: training and held-out groups, K = 2; None: sampled for `pair_prompts`.
+      pair_prompts: training and held-out prompts.
+      eval_prompts: prompts of the final evaluation.
+      grade: (prompt, response) -> parts of the true reward, "reward" first; or None.
+      notes: what was read, left out and counted, for the report.
+    """
+
+    encoder: templates.TextEncoder
+    vocab_size: int
+    documents: tuple[list[TokenGroup], list[TokenGroup]] | None
+    demonstrations: tuple[list[TokenGroup], list[TokenGroup]]
+    pairs: tuple[list[TokenGroup], list[TokenGroup]] | None
+    pair_prompts: tuple[list, list]
+    eval_prompts: list
+    grade: Grade | None
+    notes: tuple[str, ...]
+
+
+def world_task(
+    world: instructions.World,
+    *,
+    seed: int,
+    num_documents: int,
+    num_demonstrations: int,
+    num_pair_prompts: int,
+    num_eval_prompts: int,
+) -> Task:
+    """The embedded world: text, demonstrations, prompts and the true grade."""
+    tokenizer = instructions.train_tokenizer(world)
+    encoder = templates.TextEncoder(tokenizer)
+
+    def encode(rows):
+        return [encoder.encode(record) for record in records.from_objects(rows)]
+
+    text = instructions.documents(world, num_documents, seed)
+    documents = encode({"prompt": "", "response": line} for line in text)
+    demonstrations = encode(
+        instructions.demonstrations(world, num_demonstrations, seed)
+    )
+
+    def prompts(split, num):
+        return instructions.prompts(world, split, num, seed)
+
+    def grade(prompt, response):
+        parts = instructions.grade(prompt, response, world=world)
+        return {name: getattr(parts, name) for name in _WORLD_PARTS}
+
+    return Task(
+        encoder=encoder,
+        vocab_size=len(tokenizer),
+        documents=_cut(documents),
+        demonstrations=_cut(demonstrations),
+        pairs=None,
+        pair_prompts=(
+            prompts("train", num_pair_prompts),
+            prompts("validation", max(16, num_pair_prompts // 5)),
+        ),
+        eval_prompts=prompts("test", num_eval_prompts),
+        grade=grade,
+        notes=(
+            "The embedded instruction language; training, validation and test "
+            "prompts share no instruction.",
+        ),
+    )
+
+
+_WORLD_PARTS = ("reward", "right", "format", "length")
+
+
+def _cut(groups, rate=0.05):
+    """The last share of already shuffled groups is held out."""
+    num_heldout = max(1, int(len(groups) * rate))
+    return groups[:-num_heldout], groups[-num_heldout:]
+
+
+def own_task(
+    data: str,
+    *,
+    heldout: str | None,
+    tokenizer: str | None,
+    model: str | None,
+    grade: str | None,
+    on_error: str,
+    num_eval_prompts: int,
+) -> Task:
+    """Your own file, tokenizer and grade in the place of the world's.
+
+    Args:
+      data: file of pairs or demonstrations.
+      heldout: file for the evaluation; None: a tenth of `data`, by prompt.
+      tokenizer: folder of the tokenizer; None: that of `model`.
+      model: folder of the checkpoint that the ids must fit; None: a fresh decoder.
+      grade: module:function of (prompt, response) -> true reward; None: not known.
+      on_error: "raise" or "skip", for bad rows.
+      num_eval_prompts: most prompts of the final evaluation.
+
+    Raises:
+      ValueError: the files hold neither pairs nor demonstrations, a split is empty,
+        demonstrations come without a grade, or the grade is no finite number.
+    """
+    loaded = templates.load_tokenizer(tokenizer or model)
+    if model is not None:
+        vocab_size = pretrained.load_config(model).vocab_size
+        templates.check_vocabulary(loaded, vocab_size)
+    encoder = templates.TextEncoder(loaded)
+    read = functools.partial(records.read_jsonl, on_error=on_error)
+    found = [read(path) for path in (data, heldout) if path is not None]
+    if heldout is not None:
+        parts = found
+    else:
+        parts = [
+            [r for r in found[0] if _is_heldout(r.prompt) == held]
+            for held in (False, True)
+        ]
+    sizes = {part.num_responses for part in found}
+    if sizes not in ({1}, {2}) or not all(parts):
+        raise ValueError(
+            f"{' and '.join(part.source for part in found)}: "
+            f"{' and '.join(map(str, sorted(sizes)))} responses a row, {len(parts[0])} "
+            f"training and {len(parts[1])} held-out rows. This experiment takes pairs "
+            f"or demonstrations, not both, and some of both splits; give --heldout "
+            f"FILE if a tenth of the prompts is too few."
+        )
+    is_pairs = sizes == {2}
+    if not is_pairs and grade is None:
+        raise ValueError(
+            f"{data} holds demonstrations, so pairs have to be sampled and "
+            f"graded: give --grade module:function, or a file of pairs."
+        )
+    notes = [part.summary() for part in found]
+    training = {record.prompt for record in parts[0]}
+    shared = sum(record.prompt in training for record in parts[1])
+    if shared:
+        notes.append(
+            f"{shared} of {len(parts[1])} held-out rows have a prompt that is in "
+            f"{data} too: what is measured on them is not held out."
+        )
+    row_groups = [[encoder.encode(r) for r in part] for part in parts]
+    prompts = [list({r.prompt: None for r in part}) for part in parts]
+    grade_parts = None
+    if grade is not None:
+        grade_parts = _load_grade(grade)
+        # A grade that fails should do so now, and not when everything is trained.
+        grade_parts(prompts[1][0], encoder.decode(row_groups[1][0].responses[0]))
+    return Task(
+        encoder=encoder,
+        vocab_size=len(loaded),
+        documents=None,
+        demonstrations=tuple(
+            [only_response(CHOSEN, g) for g in part] for part in row_groups
+        ),
+        pairs=tuple(row_groups) if is_pairs else None,
+        pair_prompts=tuple(prompts),
+        eval_prompts=prompts[1][:num_eval_prompts],
+        grade=grade_parts,
+        notes=(*notes, encoder.summary()),
+    )
+
+
+def _is_heldout(prompt, rate=0.1) -> bool:
+    digest = hashlib.blake2b(repr(prompt).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < rate * 2**64
+
+
+def _load_grade(name: str):
+    """The user's function; a plain number becomes {"reward": number}."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        grade = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--grade {name} must name module:function of (prompt, response) -> "
+            f"number, importable from here: {error}"
+        ) from error
+
+    def checked(prompt, response):
+        value = grade(prompt, response)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"--grade {name} must return a finite number; it returned {value!r} "
+                f"for the prompt {prompt_text(prompt)[:60]!r} and the response "
+                f"{response[:60]!r}."
+            )
+        return {"reward": number}
+
+    return checked
