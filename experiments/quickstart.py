@@ -422,7 +422,11 @@ def make_report(
             report.Text("Data", (*task.notes, *pipeline.notes, _pair_note(pairs))),
             report.Config("Config", dataclasses.asdict(config)),
         ),
-        meta={**run_lib.environment(), "duration": seconds},
+        meta={
+            **run_lib.environment(),
+            "duration": seconds,
+            "starts": run_lib.count_starts(pipeline.folder),
+        },
     )
 
 
@@ -441,6 +445,9 @@ def run_config(config: Config) -> pathlib.Path:
     """Run, or continue, the run of a config; returns its report's path."""
     began = time.perf_counter()
     values = dataclasses.asdict(config)
+    # Before the folder: a bad row or a wrong tokenizer leaves none behind.
+    task = make_task(config)
+    model, params = make_model(config, task)
     with (
         run_lib.open_run(config.root, config=values, name=config.name) as folder,
         PreemptionGuard() as guard,
@@ -454,10 +461,8 @@ def run_config(config: Config) -> pathlib.Path:
         )
         if as_shipped == SMALL:
             _logger.info("this takes 5 to 10 minutes on two CPU cores")
-        task = make_task(config)
         for note in task.notes:
             _logger.info("%s", note)
-        model, params = make_model(config, task)
         pipeline = Pipeline(
             folder=folder,
             guard=guard,
@@ -479,7 +484,8 @@ def run_config(config: Config) -> pathlib.Path:
             "results": summarise(**results),
             "config": values,
             "environment": run_lib.environment(),
-            "seconds": seconds,
+            "seconds": seconds,  # of the last start
+            "starts": run_lib.count_starts(folder),
             "report": report.to_json(finished),
         }
         run_lib.write_json(folder / run_lib.RECORD_FILE, record)

@@ -460,7 +460,10 @@ def _collect(
                 )
         except RecordError as error:
             if on_error == "raise":
-                hint = ' Fix it, or pass on_error="skip" to leave such rows out.'
+                hint = (
+                    ' Fix it, or pass on_error="skip" (--on-error skip) to leave such '
+                    "rows out."
+                )
                 raise RecordError(error.where, error.problem + hint) from None
             skipped.append((error.where, error.problem))
             continue

@@ -108,7 +108,7 @@ def open_run(
 
     Yields:
       The run's folder, locked until the block is left. Its `config.json` holds the
-      config, and each environment that the run was started or continued in.
+      config, each environment that the run was started or continued in, and how often.
 
     Raises:
       RunFolderError: the named run is finished, has another config, or is in use.
@@ -121,8 +121,14 @@ def open_run(
         environments = saved.setdefault("environments", [])
         if environment() not in environments:
             environments.append(environment())
-            write_json(path, saved)
+        saved["starts"] = saved.get("starts", 0) + 1
+        write_json(path, saved)
         yield folder
+
+
+def count_starts(folder: pathlib.Path) -> int:
+    """How often a run was started or continued, the present time included."""
+    return json.loads((folder / CONFIG_FILE).read_text())["starts"]
 
 
 def _claim(stack, root, config, name) -> pathlib.Path:

@@ -163,3 +163,4 @@ def test_a_bad_row_stops_with_file_line_and_field(own_files, tmp_path):
         expect=1,
     )
     assert "bad.jsonl:7" in result.stderr and "rejected" in result.stderr
+    assert not (tmp_path / "runs").exists()

@@ -51,9 +51,12 @@ def test_a_new_run_describes_itself(tmp_path):
 
 def test_the_unfinished_run_of_the_same_config_is_continued(tmp_path):
     first = open_and_close(tmp_path)
-    before = (first / CONFIG_FILE).read_bytes()
+    before = json.loads((first / CONFIG_FILE).read_text())
     assert open_and_close(tmp_path) == first
-    assert (first / CONFIG_FILE).read_bytes() == before
+    after = json.loads((first / CONFIG_FILE).read_text())
+    assert (before.pop("starts"), after.pop("starts")) == (1, 2)
+    assert after == before
+    assert run_lib.count_starts(first) == 2
 
 
 def test_every_environment_that_a_run_was_continued_in_is_kept(tmp_path, monkeypatch):
