@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,9 +24,10 @@ from pref_jax.method import Method, objective
 from pref_jax.sampling import Samples, SamplingConfig, make_sampler, sample_responses
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PreemptionGuard
+from pref_jax.train.logging import Progress
 from pref_jax.train.loop import Fitted, Preempted
 from pref_jax.train.stage import StageConfig, train_stage
-from pref_jax.types import Model, PyTree, TokenGroup
+from pref_jax.types import Model, PyTree, ResponseBatch, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
 
@@ -167,18 +168,33 @@ class Pipeline:
         settings = SamplingConfig(
             num_samples=num_samples, max_new_tokens=self.max_new_tokens
         )
-        return sample_responses(
-            _sampler(self.model, settings, self.encoder.end_ids),
-            params,
-            [self.encoder.encode_prompt(prompt) for prompt in prompts],
-            key=jax.random.fold_in(jax.random.key(self.seed), use),
-            batch_size=min(64, len(prompts)),
-            on_batch=self._check_guard,
-        )
+        progress = Progress("sampling", len(prompts))
 
-    def _check_guard(self, num_done: int) -> None:
+        def on_batch(num_done):
+            self._check_guard(f"prompt {num_done} of sampling")
+            progress.count(num_done)
+
+        with progress:
+            return sample_responses(
+                _sampler(self.model, settings, self.encoder.end_ids),
+                params,
+                [self.encoder.encode_prompt(prompt) for prompt in prompts],
+                key=jax.random.fold_in(jax.random.key(self.seed), use),
+                batch_size=min(64, len(prompts)),
+                on_batch=on_batch,
+            )
+
+    def tracked(self, name: str, batches: sources.Batches) -> Iterator[ResponseBatch]:
+        """The batches one by one, shown as they are done; ends when asked to stop."""
+        with Progress(name, len(batches)) as progress:
+            for number, batch in enumerate(batches, start=1):
+                yield batch
+                self._check_guard(f"batch {number} of {name}")
+                progress.count(number)
+
+    def _check_guard(self, where: str) -> None:
         if self.guard.requested:
-            raise Preempted(f"stopped after {num_done} prompts, which are not kept")
+            raise Preempted(f"stopped at {where}, which begins again")
 
 
 # Compiled functions are kept: a run measures several models of one shape.
@@ -301,7 +317,9 @@ def store_anchor(
         score = _compiled(response_scores, pipeline.model)
         return anchor_cache.with_anchor_logps(
             groups,
-            pipeline.batches(groups, row_length, stage),
+            pipeline.tracked(
+                "anchor logps", pipeline.batches(groups, row_length, stage)
+            ),
             lambda batch: (
                 score(params, sharding.place_batch(pipeline.mesh, batch)).logp
             ),
@@ -325,7 +343,7 @@ def measure_preferences(
     pair_metrics = jax.jit(functools.partial(_metrics, method, pipeline.model))
     found = {name: {"accuracy": [], "margin": []} for name in models}
     with jax.set_mesh(pipeline.mesh):
-        for batch in batches:
+        for batch in pipeline.tracked("preferences", batches):
             placed, real = sharding.place_batch(pipeline.mesh, batch), batch.record >= 0
             for name, params in models.items():
                 metrics = pair_metrics(params, placed)
@@ -405,7 +423,8 @@ def measure_responses(
     kl = np.zeros(len(groups))
     with jax.set_mesh(pipeline.mesh):
         exact_kl = _compiled(token_kl, pipeline.model)
-        for batch in pipeline.batches(groups, sources.longest_group(groups), stage):
+        batches = pipeline.batches(groups, sources.longest_group(groups), stage)
+        for batch in pipeline.tracked("exact KL", batches):
             placed = sharding.place_batch(pipeline.mesh, batch)
             tokens = np.asarray(exact_kl(params, placed, anchor_params=reference))
             for b in np.flatnonzero(batch.record >= 0):

@@ -280,6 +280,7 @@ class Progress:
         self._stage, self._total, self._unit = stage, total, unit
         self._log_seconds = log_seconds
         self._logged = -math.inf
+        self._first = None  # step and time of the first count
         self._live = None
         if jax.process_index() == 0 and _console().is_terminal:
             from rich.live import Live
@@ -306,20 +307,38 @@ class Progress:
           metrics: name -> number; "-" stands for those that the method lacks.
           rates: from `Throughput`; None while unknown.
         """
+        if jax.process_index() == 0:
+            self._show(step, time.monotonic(), self._status(step, metrics, rates))
+
+    def count(self, step: int) -> None:
+        """Show `step` of work that has no metrics, such as sampling.
+
+        Without a terminal, work that is done within `log_seconds` logs nothing.
+
+        Args:
+          step: steps of the work done.
+        """
         if jax.process_index() != 0:
             return
+        now = time.monotonic()
+        if self._first is None:  # the first step compiles
+            self._first, self._logged = (step, now), now
+        first, began = self._first
+        left = "-"
+        if step > first:
+            left = _clock((self._total - step) * (now - began) / (step - first))
+        if self._live is not None or now - self._logged >= self._log_seconds:
+            self._show(step, now, f"ETA {left}")
+
+    def _show(self, step: int, now: float, status: str) -> None:
         if self._live is not None:
             from rich.console import Group
             from rich.text import Text
 
-            status = Text(self._status(step, metrics, rates))
             self._bar.update(self._task, completed=step)
-            self._live.update(Group(self._bar, status))
-            return
-        now = time.monotonic()
-        if now - self._logged >= self._log_seconds or step == self._total:
+            self._live.update(Group(self._bar, Text(status)))
+        elif now - self._logged >= self._log_seconds or step == self._total:
             self._logged = now
-            status = self._status(step, metrics, rates)
             _logger.info("%s %d/%d  %s", self._stage, step, self._total, status)
 
     def _status(self, step, metrics, rates: Rates | None) -> str:
@@ -333,8 +352,7 @@ class Progress:
         if rates is not None:
             tokens, examples = _short(rates.tokens_rate), _short(rates.examples_rate)
             mfu = "-" if rates.mfu is None else f"{rates.mfu:.1%}"
-            seconds = round((self._total - step) * rates.step_seconds)
-            left = str(datetime.timedelta(seconds=seconds))
+            left = _clock((self._total - step) * rates.step_seconds)
         parts += [f"{tokens} tokens/s", f"{examples} {self._unit}/s", f"MFU {mfu}"]
         return "  ".join([*parts, f"ETA {left}"])
 
@@ -348,6 +366,10 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _short(number: float) -> str:

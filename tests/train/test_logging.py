@@ -307,6 +307,29 @@ def test_progress_without_a_terminal_is_a_log_line_now_and_then(
     ]
 
 
+def test_work_without_metrics_is_counted_when_it_takes_long(
+    monkeypatch, capfd, library_logger
+):
+    # The first step compiles until 100; the other nine take 10 seconds each.
+    clock = types.SimpleNamespace(monotonic=iter(range(100, 200, 10)).__next__)
+    monkeypatch.setattr(run_logging, "time", clock)
+    configure_logging()
+    with Progress("scoring", 10, log_seconds=30.0) as progress:
+        for step in range(1, 11):
+            progress.count(step)
+    lines = [line.split(" INFO ")[1] for line in capfd.readouterr().err.splitlines()]
+    assert lines == [
+        "scoring 4/10  ETA 0:01:00",
+        "scoring 7/10  ETA 0:00:30",
+        "scoring 10/10  ETA 0:00:00",
+    ]
+    clock.monotonic = iter(range(10)).__next__
+    with Progress("scoring", 10, log_seconds=30.0) as progress:
+        for step in range(1, 11):
+            progress.count(step)
+    assert capfd.readouterr().err == ""
+
+
 def test_progress_in_a_terminal_is_a_live_line(monkeypatch, capfd):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -317,12 +340,16 @@ def test_progress_in_a_terminal_is_a_live_line(monkeypatch, capfd):
         progress.update(20, METRICS, RATES)
         logging.getLogger("pref_jax.train").info("a line between")
         progress.update(49, METRICS, RATES)
+    with Progress("scoring", 9) as progress:
+        progress.count(1)
+        progress.count(5)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capfd.readouterr().err)
     assert "a line between" in shown
-    assert shown.rstrip().endswith(
+    assert (
         "loss 0.6931  accuracy 0.5  margin -1.25e-05  12.3k tokens/s  "
         "7.2 demonstrations/s  MFU 41.2%  ETA 0:00:02"
-    )
+    ) in shown
+    assert re.search(r"scoring ━+\S* +5/9\nETA 0:00:00\s*$", shown)
     assert re.search(r"SFT ━+\S* +49/50", shown)
 
 
