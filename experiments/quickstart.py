@@ -72,7 +72,7 @@ class DecoderSizes:
     num_kv_heads: int = 4  # ours
     mlp_width: int = 384  # ours
     dtype: str = "float32"  # of matrix products: float32 or bfloat16
-    attention: str = "xla"  # xla or blockwise (long rows)
+    attention: str = "auto"  # auto (by length of the row), xla or blockwise
     remat: str = "none"  # none, dots or full
 
 

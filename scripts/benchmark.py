@@ -11,6 +11,8 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
     dpo_pairs     a DPO step on rows against the padded [2B, T] layout, with the lengths
                   of `--pairs`, else drawn (log-normal, means 56 + 98 / 95 tokens)
     dpo_long      the same with 768-token prompts and two 128-token responses
+    attention     attention of one layer with gradient: in blocks against dense, on rows
+                  of several groups
     sampler       tokens per second of the sampler, K samples of a prompt kept once,
                   against the prompt repeated K times
 """
@@ -37,6 +39,7 @@ from pref_jax.data import records, rows, sources, templates
 from pref_jax.logps import token_stats
 from pref_jax.losses.pairwise import dpo_loss, logistic_loss
 from pref_jax.method import Method, on_rewards
+from pref_jax.models.attention import IMPLEMENTATIONS
 from pref_jax.models.decoder import DecoderConfig, make_decoder
 from pref_jax.sampling import SamplingConfig, make_sampler
 from pref_jax.train.run import environment, write_json
@@ -51,7 +54,13 @@ _logger = logging.getLogger("pref_jax.benchmark")
 class Config:
     """What to measure, and on which shapes."""
 
-    cases: tuple[str, ...] = ("scoring", "dpo_pairs", "dpo_long", "sampler")
+    cases: tuple[str, ...] = (
+        "scoring",
+        "attention",
+        "dpo_pairs",
+        "dpo_long",
+        "sampler",
+    )
     calls: int = 20  # timed calls of each variant, in turn
     vocab_size: int = 8192  # V
     width: int = 128  # D
@@ -201,6 +210,36 @@ def scoring(config: Config) -> list[Variant]:
             text,
         )
         for function in (chunked, dense)
+    ]
+
+
+def attention(config: Config) -> list[Variant]:
+    """Value and gradient of attention over rows of pairs."""
+    num_rows, row_length, num_heads, head_dim = 4, 1024, config.width // 32, 32
+    rng = np.random.default_rng(config.seed)
+    lengths = [(96, (96, 64))] * (3 * num_rows)
+    batches = sources.evaluation_batches(
+        [_random_group(rng, config, i, *pair) for i, pair in enumerate(lengths)],
+        groups_per_step=len(lengths),
+        row_length=row_length,
+    )
+    position, end = (jnp.asarray(getattr(batches[0], n)) for n in ("position", "end"))
+    shape = (end.shape[0], row_length, num_heads, head_dim)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=shape), config.dtype) for _ in range(3)
+    )
+
+    def of(attend):
+        def total(query, key, value):
+            out = attend(query, key, value, position, end)
+            return out.astype(jnp.float32).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))
+
+    count = [{"tokens": int(end.size)}]
+    return [
+        Variant(name, of(IMPLEMENTATIONS[name]), [(query, key, value)], count, text)
+        for name, text in (("blockwise", str(list(shape))), ("xla", str(list(shape))))
     ]
 
 
@@ -397,6 +436,7 @@ def sampler(config: Config) -> list[Variant]:
 
 CASES = {
     "scoring": scoring,
+    "attention": attention,
     "dpo_pairs": dpo_pairs,
     "dpo_long": dpo_long,
     "sampler": sampler,

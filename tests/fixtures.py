@@ -29,6 +29,7 @@ CONFIG = DecoderConfig(
     norm_eps=1e-3,
     tied=False,
     embedding_scale=1.7,
+    attention="xla",
 )
 
 LAYERS = tuple(CONFIG.period[i % 2] for i in range(CONFIG.num_layers))

@@ -88,17 +88,25 @@ def _ungroup_heads(out, num_heads):
 
 
 def blockwise_attention(
-    query, key, value, position, end, *, window=None, scale=None, block=512
+    query, key, value, position, end, *, window=None, scale=None, block=None
 ):
     """Attention in blocks: memory grows linearly with L, forward and backward.
 
     Blocks of keys that no query of a block of queries sees (later in the row, another
     group, another branch, outside the window) are skipped. Arguments and result as
-    `xla_attention`; `block` is the number of positions in a block.
+    `xla_attention`; `block` is the number of positions in a block; None: 64 on a CPU,
+    whose caches the logits of a block should fit, and 512 elsewhere.
 
     Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; backward pass from
     the saved log-sum-exp, Dao et al., arXiv:2205.14135, Algorithm 4.
     """
+    if block is None:
+        attend = functools.partial(blockwise_attention, window=window, scale=scale)
+        return jax.lax.platform_dependent(
+            *(query, key, value, position, end),
+            cpu=functools.partial(attend, block=64),
+            default=functools.partial(attend, block=512),
+        )
     query, num_heads = _group_heads(query, key, scale)
     length = query.shape[1]
     block = min(block, length)
@@ -300,5 +308,15 @@ def branch_attention(
     return _ungroup_heads(out, num_heads)
 
 
-IMPLEMENTATIONS = {"xla": xla_attention, "blockwise": blockwise_attention}
+def auto_attention(query, key, value, position, end, *, window=None, scale=None):
+    """Dense in rows of up to 128 positions, blockwise in longer ones."""
+    attend = xla_attention if query.shape[1] <= 128 else blockwise_attention
+    return attend(query, key, value, position, end, window=window, scale=scale)
+
+
+IMPLEMENTATIONS = {
+    "auto": auto_attention,
+    "xla": xla_attention,
+    "blockwise": blockwise_attention,
+}
 """Implementations by the name that a config gives."""

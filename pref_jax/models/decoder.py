@@ -58,7 +58,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # what the embedding of a token is multiplied by
     max_positions: int | None = None  # longest text that it is made for; None: any
     dtype: str = "float32"  # of matrix products: float32 or bfloat16
-    attention: str = "xla"  # a name of attention.IMPLEMENTATIONS
+    attention: str = "auto"  # a name of attention.IMPLEMENTATIONS
     remat: str = "none"  # a name of REMAT_POLICIES
 
     def __post_init__(self):
@@ -325,7 +325,7 @@ def make_decoder(config: DecoderConfig) -> Model:
             "embedding" if config.tied else "unembedding"
         ],
         init_cache=functools.partial(_init_cache, config),
-        prefill=functools.partial(_prefill, module),
+        prefill=functools.partial(_prefill, module, config),
         decode=functools.partial(_decode, module),
         param_axes=param_axes,
         vocab_size=config.vocab_size,
@@ -383,7 +383,8 @@ def _init_cache(config, num_prompts, prompt_length, num_samples, num_steps):
     }
 
 
-def _prefill(module, params, tokens, length, cache):
+def _prefill(module, config, params, tokens, length, cache):
+    attention = attention_lib.IMPLEMENTATIONS[config.attention]
     index = jnp.arange(tokens.shape[1])
     position = jnp.broadcast_to(index, tokens.shape)
     # Padding sees and is seen by itself alone; `length` hides it from the samples.
@@ -393,9 +394,7 @@ def _prefill(module, params, tokens, length, cache):
         del layer
 
         def attend(query, key, value, window):
-            out = attention_lib.xla_attention(
-                query, key, value, position, end, window=window
-            )
+            out = attention(query, key, value, position, end, window=window)
             return out, (carry, {"key": key, "value": value})
 
         return attend

@@ -230,7 +230,7 @@ def test_a_parameter_without_logical_axes_is_an_error():
         ({"num_kv_heads": 3}, "multiple of `num_kv_heads`; got 4 and 3"),
         ({"head_dim": 5}, "`head_dim` must be even for rotary embedding; got 5"),
         ({"dtype": "float16"}, "`dtype` must be one of float32, bfloat16; got 'float1"),
-        ({"attention": "flash"}, "`attention` must be one of xla, blockwise"),
+        ({"attention": "flash"}, "`attention` must be one of auto, xla, blockwise"),
         ({"max_positions": 0}, "`max_positions` must be at least 1"),
         ({"remat": "some"}, "`remat` must be one of none, dots, full; got 'some'"),
     ],
