@@ -324,8 +324,9 @@ def _dpo_variants(config: Config, lengths) -> list[Variant]:
         for number, batch in enumerate(packed)
     ]
     longest = max(p + max(r) for p, r in lengths)
+    num_predict = max(max(r) for _, r in lengths)
     padded = [
-        _pad_batch([groups[i] for i in batches.indices(n)], longest)
+        _pad_batch([groups[i] for i in batches.indices(n)], longest, num_predict)
         for n in range(len(batches))
     ]
 
@@ -359,16 +360,14 @@ def _dpo_variants(config: Config, lengths) -> list[Variant]:
     ]
 
 
-def _pad_batch(groups, length) -> dict[str, np.ndarray]:
+def _pad_batch(groups, length, num_predict) -> dict[str, np.ndarray]:
     """One response a row, the prompt repeated: chosen rows, then rejected rows."""
     pairs = [(group, k) for k in range(2) for group in groups]
     shape = (len(pairs), length)
     batch = {
         "tokens": np.zeros(shape, np.int32),
         "targets": np.zeros(shape, np.int32),
-        "predict": np.full(
-            (shape[0], max(len(g.responses[k]) for g, k in pairs)), -1, np.int32
-        ),
+        "predict": np.full((shape[0], num_predict), -1, np.int32),
         "length": np.zeros(shape[0], np.int32),
     }
     batch["anchor_logps"] = np.zeros((2, len(groups), batch["predict"].shape[1]))

@@ -286,6 +286,30 @@ def test_float32_weights_meet_bfloat16_states_in_bfloat16():
     assert float(stats["chosen_logit"][0, 0]) == 1.0
 
 
+def test_chunks_add_up_their_bfloat16_gradients_in_float32():
+    """512 chunks of +-1/2, as both tokens are as likely; bfloat16 stops at 128."""
+    hidden, targets = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 512), int)
+    predict = jnp.arange(512)[None]
+
+    def total(unembedding):
+        stats = logps.token_stats(hidden, unembedding, targets, predict, chunk=1)
+        return stats["logp"].sum()
+
+    gradient = jax.jit(jax.grad(total))(jnp.zeros((2, 1)))
+    assert gradient.tolist() == [[256.0], [-256.0]]
+
+
+def test_nothing_is_computed_twice_if_one_chunk_is_enough(states):
+    def total(hidden, chunk):
+        return logps.token_stats(hidden, *states[1:], chunk=chunk)["logp"].sum()
+
+    def program(chunk):
+        return str(jax.make_jaxpr(jax.grad(total), static_argnums=1)(states[0], chunk))
+
+    assert "scan" in program(P - 1)
+    assert "scan" not in program(P)
+
+
 def test_a_far_off_token_has_a_finite_gradient(states):
     _, _, targets, predict = states
 
@@ -463,6 +487,12 @@ def test_every_mesh_gives_the_values_of_one_device(sizes, on_one_device):
     )
 
 
+def test_rows_that_the_devices_cannot_share_are_scored_too(states):
+    with jax.set_mesh(sharding.make_mesh()):
+        got = jax.jit(logps.token_stats)(*states)["logp"]
+    np.testing.assert_allclose(got, plain_stats(*states)["logp"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (8, 1, 1)], ids=str)
 def test_the_loop_over_chunks_holds_no_collective(sizes):
     in_loops, everywhere = collectives(compiled_scoring(sizes)[0].as_text())
@@ -551,3 +581,51 @@ def test_token_kl_is_exact_and_zero_from_itself():
                 next(got), np.where(mask, expected, 0.0), rtol=1e-4, atol=1e-5
             )
     assert not np.asarray(token_kl(both[0], both[0], batch)).any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """A model of which the logits of u after t are embedding[t] @ embedding[u]."""
+
+    vocab_size: int
+
+    def hidden(self, params, tokens, position, end):
+        return params[tokens].astype(jnp.bfloat16)
+
+    def unembedding(self, params):
+        return params
+
+
+def test_token_kl_of_bfloat16_states_is_reduced_in_float32():
+    batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2, vocab_size=1), 40)
+    params, anchor_params = jnp.array([[1.0], [4.0]]), jnp.ones((2, 1))
+    got = logps.token_kl(Bigram(2), params, batch, anchor_params=anchor_params)
+    expected = oracles.kl_divergence([1.0, 4.0], [1.0, 1.0])
+    np.testing.assert_allclose(got, np.where(batch.loss_mask, expected, 0), rtol=1e-5)
+
+
+def has_loop(length, function, vocab_size, batch, **kwargs):
+    """Whether a loop of this length is in the program of `function`."""
+    params = jax.ShapeDtypeStruct((vocab_size, 2), jnp.float32)
+    run = functools.partial(function, Bigram(vocab_size), batch=batch, **kwargs)
+    return re.search(rf"\blength={length}\b", str(jax.make_jaxpr(run)(params)))
+
+
+def kl_from_itself(model, params, batch, **kwargs):
+    return logps.token_kl(model, params, batch, anchor_params=params, **kwargs)
+
+
+def test_the_default_chunk_of_token_kl_holds_eight_million_logits():
+    """Two rows and a vocabulary of 2^20: four positions of a row at a time."""
+    groups = fixtures.random_groups(0, 2, 2)
+    batch = fixtures.pack_all(groups, 40, rows_multiple=2)
+    assert len(batch.tokens) == 2
+    assert has_loop(-(-batch.predict.shape[1] // 4), kl_from_itself, 2**20, batch)
+
+
+@pytest.mark.parametrize("function", [logps.response_scores, kl_from_itself])
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_scores_and_kl_are_computed_in_the_chunks_asked_for(function, chunk):
+    batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2), 40)
+    chunks = -(-batch.predict.shape[1] // chunk)
+    assert has_loop(chunks, function, 37, batch, chunk=chunk)

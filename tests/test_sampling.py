@@ -154,6 +154,39 @@ def test_draws_do_not_depend_on_the_batch_size(samples):
     assert done == [1, 2, 3, 4, 5]
 
 
+def test_progress_counts_each_prompt_once():
+    """Five prompts two by two: what fills up the last batch is not counted."""
+    done = []
+    draw(FILTERED, PROMPTS, on_batch=done.append)
+    assert done == [2, 4, 5]
+
+
+class OneState:
+    """A model whose state is 1 everywhere: its parameters [V, 1] are the logits."""
+
+    def init_cache(self, *sizes):
+        return ()
+
+    def prefill(self, params, tokens, length, cache):
+        return cache
+
+    def unembedding(self, params):
+        return params
+
+    def decode(self, params, tokens, length, step, cache):
+        return jnp.ones((*tokens.shape, 1), jnp.bfloat16), cache
+
+
+def test_logps_of_bfloat16_states_are_float32():
+    greedy = SamplingConfig(max_new_tokens=1, temperature=0.0)
+    sampler = sampling.make_sampler(OneState(), greedy, end_ids=())
+    params = jnp.array([[1.0], [4.0]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    samples = sampler(params, np.zeros((1, 1), np.int32), np.ones(1, np.int32), keys)
+    expected = oracles.log_softmax([1.0, 4.0])[1]
+    assert float(samples.logps[0, 0, 0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_samples_of_a_prompt_differ_and_so_do_those_of_another_key(samples):
     assert len({tuple(samples.tokens[0, k]) for k in range(SAMPLES)}) == SAMPLES
     other = draw(FILTERED, PROMPTS, seed=1)

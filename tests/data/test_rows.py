@@ -250,11 +250,10 @@ def test_keep_start_cuts_the_longest_response_first(row_length, lengths):
     assert cut.num_tokens == row_length
     assert sorted(map(len, cut.responses)) == sorted(lengths)
     assert cut.prompt.tolist() == LONG.prompt.tolist()
-    for per_response in ("responses", "loss_masks", "step_ids"):
-        for x, y in zip(
-            getattr(cut, per_response), getattr(LONG, per_response), strict=True
-        ):
-            assert x.tolist() == y[: len(x)].tolist()
+    for name in ("responses", "loss_masks", "step_ids"):
+        before, after = getattr(LONG, name), getattr(cut, name)
+        for x, y, response in zip(before, after, cut.responses, strict=True):
+            assert y.tolist() == x[: len(response)].tolist()
     stored = cut.extras["anchor_logps"]
     assert [len(x) for x in stored] == [len(r) for r in cut.responses]
     assert (cut.labels, cut.record) == (LONG.labels, LONG.record)

@@ -97,6 +97,15 @@ def test_all_batches_have_one_shape_and_the_tightest():
     assert shape.num_targets == max(lengths)
 
 
+def test_a_longest_response_in_any_slot_fits():
+    pair = (np.arange(3), np.arange(5))
+    masks = tuple(np.ones(len(response), bool) for response in pair)
+    group = TokenGroup(np.arange(2), pair, masks, (1.0, 0.0), 0)
+    run = sources.evaluation_batches([group], groups_per_step=1, row_length=12)
+    assert run.shape.num_targets == 5
+    assert run[0].length.tolist() == [[3, 5]]
+
+
 def test_more_groups_a_step_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="a step takes 4 groups and there are 3; use"):
         batches(3)

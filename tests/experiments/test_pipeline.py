@@ -1,20 +1,34 @@
 """What does not fit a row or the model is left out, counted and said."""
 
 import dataclasses
+import json
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import oracles
 import tiny_stage
+from experiments.worlds import pipeline as pipeline_lib
 from experiments.worlds.pipeline import Pipeline
+from pref_jax.sampling import Samples
+from pref_jax.train import sharding
+from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.types import TokenGroup
 
 
 class Encoder:
     """A token a character."""
 
+    end_ids = ()
+
     def encode_prompt(self, prompt):
         return np.zeros(len(prompt), np.int32)
+
+    def decode(self, ids):
+        return "".join("abc"[i] for i in ids)
 
 
 def pipeline(*, max_positions=None, row_length=None, long_groups="drop"):
@@ -66,3 +80,132 @@ def test_a_prompt_leaves_room_for_a_whole_response():
     assert "of 2 prompts 1 were left out" in short.notes[0]
     with pytest.raises(ValueError, match="none of 1 prompts leaves room for 4 new"):
         short.fit_prompts(prompts[1:])
+
+
+# --- what is sampled and measured -----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """A model of which the logits of u after t are embedding[t] @ embedding[u]."""
+
+    vocab_size: int = 3
+    max_positions: int | None = None
+
+    def hidden(self, params, tokens, position, end):
+        return params[tokens]
+
+    def unembedding(self, params):
+        return params
+
+
+def drawn(tokens, length) -> Samples:
+    tokens, length = np.array(tokens), np.array(length)
+    return Samples(tokens, length, np.ones(length.shape, bool), None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted(Pipeline):
+    """A pipeline whose samples are given."""
+
+    samples: Samples | None = None
+
+    def sample(self, params, prompts, *, num_samples, use):
+        return self.samples
+
+
+def scripted(samples=None):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    parts = {"guard": PreemptionGuard(), "mesh": mesh, "model": Bigram()}
+    return Scripted(**vars(pipeline()) | parts, samples=samples)
+
+
+STAGE = types.SimpleNamespace(groups_per_step=2)
+
+
+def shortest(prompt, response):
+    return {"reward": -len(response)}
+
+
+def make_pairs(path, *samples):
+    run = scripted(drawn(*samples))
+    options = {"num_samples": 4, "use": 0, "path": path}
+    return pipeline_lib.sample_pairs(run, None, ["x"], shortest, **options)
+
+
+def test_the_higher_grade_of_two_samples_is_chosen_and_a_tie_is_no_pair(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    tokens = [[[2, 2, 0], [1, 0, 0], [1, 1, 0], [2, 2, 0]]]
+    (pair,) = make_pairs(path, tokens, [[2, 1, 2, 2]])
+    assert [response.tolist() for response in pair.responses] == [[1], [2, 2]]
+    assert (pair.prompt.tolist(), pair.labels) == ([0], (1.0, 0.0))
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert (line["chosen"], line["rejected"]) == ("b", "cc")
+    assert line["rewards"] == [-1, -2]
+    with pytest.raises(ValueError, match="all grades are equal"):
+        make_pairs(tmp_path / "ties.jsonl", tokens, [[1, 1, 2, 2]])
+
+
+def test_another_use_and_another_seed_draw_with_another_key(monkeypatch):
+    def key_data(sampler, params, prompts, *, key, **kwargs):
+        return tuple(jax.random.key_data(key).tolist())
+
+    monkeypatch.setattr(pipeline_lib, "sample_responses", key_data)
+    keys = [
+        dataclasses.replace(pipeline(), seed=seed).sample(
+            None, ["x"], num_samples=1, use=use
+        )
+        for seed, use in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    assert len(set(keys)) == 3 and keys[0] == keys[3]
+
+
+def test_the_kl_of_a_prompt_is_the_mean_over_its_tokens():
+    """Logits of 1, 4 and 4 at every position against equal ones, whatever is read."""
+    run = scripted(drawn([[[0, 0, 0], [0, 0, 0]], [[0, 0, 0]] * 2], [[1, 3], [1, 1]]))
+    measured = pipeline_lib.measure_responses(
+        run,
+        jnp.array([[1.0], [4.0], [4.0]]),
+        ["x", "xx"],
+        None,
+        reference=jnp.ones((3, 1)),
+        num_samples=2,
+        use=0,
+        stage=STAGE,
+    )
+    expected = oracles.kl_divergence([1, 4, 4], [1, 1, 1])
+    np.testing.assert_allclose(measured.kl, [expected] * 2, rtol=1e-5)
+    assert measured.texts == [["a", "aaa"], ["a", "a"]]
+
+
+def with_logps(record, *logps):
+    """A pair of one token each, 1 and 2 after 0, with stored logps of an anchor."""
+    pair = (np.array([1]), np.array([2]))
+    masks = (np.ones(1, bool), np.ones(1, bool))
+    group = TokenGroup(np.array([0]), pair, masks, (1.0, 0.0), record)
+    extras = {"anchor_logps": tuple(np.array([x]) for x in logps)}
+    return dataclasses.replace(group, extras=extras)
+
+
+def test_preferences_are_measured_on_every_pair_and_on_no_empty_slot():
+    """Equal logits: a margin is -0.5 (beta) times that of the stored logps."""
+    groups = [with_logps(i, *logps) for i, logps in enumerate([(-1, -3), (-3, -1)] * 2)]
+    found = pipeline_lib.measure_preferences(
+        scripted(), tiny_stage.DPO, {"one": jnp.ones((3, 1))}, groups[:3], STAGE
+    )["one"]
+    np.testing.assert_allclose(found["margin"], [-1.0, 1.0, -1.0], atol=1e-6)
+    np.testing.assert_array_equal(found["accuracy"], [0.0, 1.0, 0.0])
+
+
+def test_anchor_logps_are_stored_whatever_the_records_are():
+    """Both groups were row 7 of their files."""
+    params = jnp.array([[1.0], [2.0], [4.0]])
+    one, other = group(7, 2, 2), group(7, 2, 3)
+    stored = pipeline_lib.store_anchor(scripted(), params, [one, other], STAGE)
+    # Response 0, 1, 2 after prompt 0, 1; the logits after 0 are 1, 2, 4.
+    after = [oracles.log_softmax(x * np.array([1.0, 2.0, 4.0])) for x in (2.0, 1.0)]
+    expected = [after[0][0], after[1][1], after[0][2]]
+    for result, length in zip(stored, (2, 3), strict=True):
+        np.testing.assert_allclose(
+            result.extras["anchor_logps"][0], expected[:length], rtol=1e-5
+        )

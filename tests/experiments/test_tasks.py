@@ -124,6 +124,13 @@ def test_a_grade_that_is_no_number_is_known_before_training(
         own_task(pairs(range(200)), grade=f"{name}:f")
 
 
+def test_a_tokenizer_that_the_model_cannot_hold_is_an_error(own_task, tmp_path):
+    config = {"model_type": "llama", "vocab_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="but the model's vocab_size is 4"):
+        own_task(pairs(range(200)), model=str(tmp_path))
+
+
 @pytest.mark.parametrize("grade", ["nowhere:f", "json:nothing", "json", ":f"])
 def test_a_grade_that_is_not_there_is_an_error(own_task, grade):
     with pytest.raises(ValueError, match=f"--grade {grade} must name module:function"):

@@ -117,6 +117,23 @@ def test_bfloat16_stays_near_float32(batch, name):
     np.testing.assert_allclose(np.float32(got), expected, atol=2e-2)
 
 
+def test_logits_of_bfloat16_states_are_float32():
+    """Logits of 256 and 257, and bfloat16 has no 257: the keys would weigh the same."""
+    query = jnp.full((1, 2, 1, 2), jnp.array([16.0, 1.0]), jnp.bfloat16)
+    key = jnp.array([[16.0, 0.0], [16.0, 1.0]], jnp.bfloat16)[None, :, None]
+    value = jnp.array([[0.0, 0.0], [1.0, 1.0]], jnp.bfloat16)[None, :, None]
+    rows = (jnp.arange(2)[None], jnp.full((1, 2), 2))
+    found = [
+        attend(query, key, value, *rows, scale=1.0)[0, 1]
+        for attend in attention.IMPLEMENTATIONS.values()
+    ]
+    prompt, own = (key[:, :1], value[:, :1]), (key[:, None, 1:], value[:, None, 1:])
+    lengths = {"prompt_length": jnp.ones(1, int), "step": 0}
+    step = attention.branch_attention(query[:, 1:], *prompt, *own, **lengths, scale=1.0)
+    for out in (*found, step[0, 0]):
+        np.testing.assert_allclose(np.float32(out), 1 / (1 + np.exp(-1)), atol=2**-8)
+
+
 def test_huge_logits_do_not_overflow(batch):
     query, key, value = draw(*batch.tokens.shape, 2)
 
@@ -199,6 +216,21 @@ def test_a_block_that_one_row_needs_is_not_skipped():
             )
         )
         np.testing.assert_allclose(blocks, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_is_near_in_one_row_is_not_skipped():
+    """Block 0 is out of the window of block 3 in one row and in it in the other."""
+    position = np.stack([np.arange(32), np.r_[:16, 8:24]]).astype(np.int32)
+    end = np.stack([[32] * 32, [32] * 8 + [16] * 8 + [32] * 16]).astype(np.int32)
+    arrays = draw(2, 32, 2)
+    dense, blocks = (
+        jax.jit(functools.partial(attend, window=10))(*arrays, position, end)
+        for attend in (
+            attention.xla_attention,
+            functools.partial(attention.blockwise_attention, block=8),
+        )
+    )
+    np.testing.assert_allclose(blocks, dense, rtol=1e-5, atol=1e-5)
 
 
 # --- memory ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import fixtures
 import oracles
 from pref_jax.models import decoder
+from pref_jax.models.attention import IMPLEMENTATIONS, xla_attention
 from pref_jax.models.decoder import DecoderConfig, LayerKind
 
 CONFIG = fixtures.CONFIG
@@ -150,6 +151,52 @@ def test_bfloat16_states_stay_near_float32(batch):
     assert error.mean() < 0.05 and error.max() > 1e-4
 
 
+def test_the_norm_of_bfloat16_states_is_computed_in_float32():
+    """Rounded once, at the end."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 16)), jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
+    got = decoder.RMSNorm(CONFIG)(x)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, jnp.asarray(expected, jnp.bfloat16))
+
+
+def test_bfloat16_states_are_rotated_by_float32_angles():
+    """Bfloat16 has no 257."""
+    x, position = jnp.array([[[1.0, 0.0]]], jnp.bfloat16), jnp.array([257])
+    got = np.float32(decoder.rotate(x, position, 100.0))[0, 0]
+    np.testing.assert_allclose(got, [np.cos(257), np.sin(257)], atol=2**-8)
+
+
+def test_remat_keeps_less_for_the_backward_pass(batch):
+    def kept(remat):
+        config = dataclasses.replace(CONFIG, num_layers=4, remat=remat)
+        model = decoder.make_decoder(config)
+
+        def pullback(params):
+            arguments = (batch.tokens, batch.position, batch.end)
+            return jax.vjp(lambda params: model.hidden(params, *arguments), params)[1]
+
+        residuals = jax.eval_shape(pullback, fixtures.random_params(0, config))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+
+    assert kept("full") < kept("dots") < kept("none")
+
+
+def test_the_attention_of_the_config_is_the_one_that_runs(batch, monkeypatch):
+    called = []
+
+    def watched(*args, **kwargs):
+        called.append(1)
+        return xla_attention(*args, **kwargs)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "blockwise", watched)
+    model = decoder.make_decoder(dataclasses.replace(CONFIG, attention="blockwise"))
+    arguments = (batch.tokens, batch.position, batch.end)
+    jax.eval_shape(model.hidden, fixtures.random_params(0), *arguments)
+    assert called
+
+
 def test_flops_are_two_a_weight_that_multiplies():
     def weights(config):
         attention = 2 * config.num_heads + 2 * config.num_kv_heads
@@ -201,6 +248,12 @@ def test_the_cache_holds_the_prompt_once_for_all_samples():
     of_a_token = kinds * CONFIG.num_layers * kv_heads * head_dim * float_bytes
     assert got < 1.2 * (prompt + samples * response) * of_a_token
     assert got < 0.3 * samples * (prompt + response) * of_a_token  # a prompt a sample
+
+
+def test_the_cache_has_the_dtype_of_the_states():
+    model = decoder.make_decoder(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    cache = jax.eval_shape(lambda: model.init_cache(1, 2, 3, 4))
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16")}
 
 
 # --- names, config --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -226,6 +227,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(
         (3, [0.5, 0.4, 0.41, 0.42, 0.1, 0.0], 6, 6),
         (1, [0.5, 0.6, 0.1, 0.1, 0.1, 0.1], 2, 1),
         (2, [0.5, 0.6, 0.4, 0.6, 0.3, 0.6], 6, 5),
+        (2, [0.5, 0.5, 0.5, 0.1, 0.1, 0.1], 3, 3),  # as good is not better
     ],
 )
 def test_patience_counts_validations_without_a_better_one(
@@ -238,6 +240,13 @@ def test_patience_counts_validations_without_a_better_one(
     assert (fitted.steps, fitted.best_step) == (steps, best_step)
     assert source.drawn == list(range(steps))
     assert lines(tmp_path)[-1]["step"] == steps
+
+
+def test_patience_counts_in_the_direction_of_the_metric(stage, tmp_path):
+    config = dataclasses.replace(EVERY_STEP, patience=2, higher_is_better=True)
+    values = dict(enumerate([0.1, 0.2, 0.3, 0.2, 0.1, 0.0], start=1))
+    fitted = stage.fit(tmp_path, config, validate=scripted(values))
+    assert (fitted.steps, fitted.best_step) == (5, 3)
 
 
 def test_patience_is_not_forgotten_by_a_restart(stage, tmp_path):
@@ -363,6 +372,30 @@ def test_no_batch_is_repeated_or_skipped(stage, tmp_path):
     assert trained == expected
 
 
+def test_seconds_are_those_of_steps_alone_over_all_starts(stage, tmp_path, monkeypatch):
+    """By a clock on which a batch takes one second and a validation a hundred."""
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(loop, "time", clock)
+
+    def source(stop_at=None):
+        def before(number):
+            fail_at(stop_at)(number)
+            now[0] += 1.0
+
+        return Watched(stage.batches, before)
+
+    def validate(state):
+        now[0] += 100.0
+        return {"validation/loss": float(state.step)}
+
+    config = LoopConfig(num_steps=6, validate_every=3, checkpoint_every=1)
+    with pytest.raises(Crash):
+        stage.fit(tmp_path, config, source=source(stop_at=4), validate=validate)
+    fitted = stage.fit(tmp_path, config, source=source(), validate=validate)
+    assert fitted.seconds == 6.0
+
+
 def test_a_finished_folder_is_read_and_nothing_is_trained(stage, straight):
     def never(*args):
         raise AssertionError("a finished stage was trained again")
@@ -426,6 +459,20 @@ def test_a_bad_first_step_leaves_nothing(stage, tmp_path):
     with pytest.raises(NonFiniteError, match=message):
         stage.fit(tmp_path, state=dataclasses.replace(state, params=params))
     assert steps_on_disk(tmp_path) == []
+
+
+def test_a_bad_gradient_of_good_losses_names_the_records_of_its_batch(stage, tmp_path):
+    """And not the empty slots, whose record is -1."""
+    assert (stage.batches[0].record < 0).any()
+
+    def step(state, batch):
+        state, outputs = stage.step(state, batch)
+        metrics = outputs["metrics"] | {"grad_norm": np.float32(math.nan)}
+        return state, outputs | {"metrics": metrics}
+
+    records = ", ".join(map(str, sorted(stage.batches.indices(0))))
+    with pytest.raises(NonFiniteError, match=f"grad_norm is nan on records {records} "):
+        stage.fit(tmp_path, step=step)
 
 
 def test_a_bad_validation_is_not_saved(stage, tmp_path):

@@ -132,6 +132,13 @@ def test_a_run_in_use_is_left_alone(tmp_path):
     assert open_and_close(tmp_path) == first
 
 
+def test_of_two_unfinished_runs_the_later_is_continued(tmp_path):
+    with open_run(str(tmp_path), config=CONFIG):
+        later = open_and_close(tmp_path)
+    assert later.name == "002"
+    assert open_and_close(tmp_path) == later
+
+
 def test_a_run_is_let_go_of_when_its_block_fails(tmp_path):
     with pytest.raises(KeyError), open_run(str(tmp_path), config=CONFIG) as first:
         raise KeyError
@@ -229,6 +236,11 @@ def test_the_environment_has_no_path_and_no_host_name(monkeypatch):
     assert socket.gethostname() not in text
     for word in ("quickstart.py", "pairs.jsonl", "--root=", "my/dir"):
         assert word in text
+
+
+def test_a_path_below_the_home_folder_is_cut_to_its_name(monkeypatch):
+    run_as(monkeypatch, "quickstart.py", "--data=~/secret/a.jsonl", "~/secret/b")
+    assert environment()["command"] == "python quickstart.py --data=a.jsonl b"
 
 
 def test_json_is_strict_and_replaced_in_one_move(tmp_path):

@@ -70,6 +70,12 @@ def test_weighted_sum_carries_both_parts():
     assert [float(x) for x in weighted_sum(values, weights)] == [9.0, 3.0]
 
 
+def test_a_weight_for_several_values_counts_for_each():
+    values = jnp.array([[1.0, 3.0], [5.0, 7.0]])
+    sums = weighted_sum(values, jnp.array([[1.0], [2.0]]))
+    assert [float(x) for x in sums] == [28.0, 6.0]
+
+
 def test_an_entry_that_counts_stays_nan():
     values = jnp.array([1.0, math.nan])
     assert math.isnan(weighted_mean(values, jnp.array([1.0, 1e-6])))
@@ -328,6 +334,16 @@ def test_a_step_counts_and_keeps_the_key():
     assert jax.random.key_data(state.rng).tolist() == (
         jax.random.key_data(start.rng).tolist()
     )
+
+
+def test_the_optimizer_is_given_the_parameters():
+    """The gradient is 0 where the grades are met: decay alone halves them."""
+    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.scale(-1.0))
+    params = {"arms": np.array([2.0, 4.0], np.float32)}
+    state = init_state(params, optimizer, rng=jax.random.key(0))
+    met = Bandit(jnp.array([[2.0, 4.0]]), jnp.ones((1, 2), bool))
+    state, _ = make_train_step(BANDIT, None, optimizer)(state, met)
+    assert state.params["arms"].tolist() == [1.0, 2.0]
 
 
 def test_a_group_without_weight_is_never_the_bad_one():

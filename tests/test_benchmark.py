@@ -1,0 +1,83 @@
+"""The two ways of a benchmark do the same work, and its lines say what was measured."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from scripts import benchmark
+
+SMALL = benchmark.Config(
+    vocab_size=50, width=32, num_layers=1, groups_per_step=3, num_batches=2
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_rows(monkeypatch):
+    lengths = [(5, (4, 7)), (9, (2, 3)), (3, (6, 1)), (8, (1, 2)), (4, (9, 9))]
+    monkeypatch.setattr(
+        benchmark, "_pair_lengths", lambda config: [*lengths, (6, (2, 2))]
+    )
+
+
+def test_a_step_on_rows_is_the_step_on_padded_pairs():
+    rows, padded = benchmark.dpo_pairs(SMALL)
+    assert rows.count == padded.count
+    for on_rows, on_pairs in zip(rows.arguments, padded.arguments, strict=True):
+        state, outputs = jax.jit(rows.function)(*on_rows)
+        params, loss = jax.jit(padded.function)(*on_pairs)
+        np.testing.assert_allclose(outputs["metrics"]["loss"], loss, rtol=1e-5)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+            state.params,
+            params,
+        )
+
+
+@pytest.mark.parametrize("name", ["scoring", "attention"])
+def test_both_ways_have_one_value_and_gradient(name):
+    values = [
+        jax.jit(variant.function)(*variant.arguments[0])
+        for variant in benchmark.CASES[name](SMALL)
+    ]
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *values
+    )
+
+
+def test_a_line_says_what_was_measured(tmp_path, monkeypatch, capsys):
+    arguments = ["--cases", "dpo_pairs", "--write", str(tmp_path)]
+    for name in ("vocab_size", "width", "num_layers", "groups_per_step", "num_batches"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(SMALL, name))]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    benchmark.main()
+    line = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "benchmark_dpo_pairs.json").read_text()) == line
+    rows, padded = line["variants"].values()
+    assert list(line["variants"]) == ["rows", "padded"]
+    assert line["ratio_is"] == "padded / rows"
+    for result in (rows, padded):
+        low, high = result["iqr_seconds"]
+        assert 0 < low <= result["median_seconds"] <= high
+        assert result["temp_bytes"] > 0
+        # 3 pairs a call, of 16 + 14 + 10 and of 11 + 22 + 10 tokens in turn.
+        assert result["real_tokens_rate"] / result["pairs_rate"] == pytest.approx(
+            (40 + 43) / 6, rel=1e-3
+        )
+    ratio = padded["median_seconds"] / rows["median_seconds"]
+    assert line["time_ratio"] == pytest.approx(ratio, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cases": ("scoring", "speed")}, "`cases` may name scoring, .*; got speed"),
+        ({"calls": 3}, "`calls` must be at least 20"),
+        ({"pairs": "x.jsonl"}, "`pairs` and `tokenizer` belong together"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_an_error(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **fields)
