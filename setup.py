@@ -26,6 +26,7 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "array_record>=0.8",
+        "immutabledict",
         "pyarrow",
         "zstandard",
         "transformers>=5.12,<6",

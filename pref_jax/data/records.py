@@ -1,4 +1,4 @@
-"""Text as users hold it, checked once: the record schema and its readers.
+"""Text as users hold it, checked once: the record schema.
 
 A row has a `prompt` and one of three forms of responses:
 
@@ -6,67 +6,52 @@ A row has a `prompt` and one of three forms of responses:
     {"prompt": ..., "chosen": ..., "rejected": ...}           K = 2, labels 1.0 and 0.0
     {"prompt": ..., "responses": [...], "labels": [...]}      K = n, finite numbers
 
-A text is a string or a chat: a list of {"role": ..., "content": ...}. A reader is a
-function that yields `(where, row)`; `parse_record` and `on_error` are the same for all.
+A text is a string or a chat: a list of {"role": ..., "content": ...}, where a message
+may also have `name`, `tool_call_id` and, of an assistant, `tool_calls`. A row may add:
+
+    tools        for the chat template: a list of JSON schemas
+    margin       of a pair: a finite number, into `Record.extras`
+    soft_label   of a pair: probability p that `chosen` is better, labels p and 1 - p
+    any name     a text, number or true/false, kept in `Record.fields` to group by
+
+Where `prompt` is left out, it is what two or more responses begin with (see
+`parse_record`). The readers of files and data sets are in `pref_jax.data.readers`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
+import math
 import os
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from immutabledict import immutabledict
+
+from pref_jax.data import messages
+from pref_jax.data.messages import (
+    PROMPT_ROLES,
+    RESPONSE_ROLES,
+    Message,
+    RecordError,
+    field_error,
+    is_empty,
+    parse_messages,
+    parse_objects,
+    parse_text,
+    show,
+    to_json,
+)
 
 _FORMS = (("response",), ("chosen", "rejected"), ("responses", "labels"))
 _RESPONSE_FIELDS = tuple(name for form in _FORMS for name in form)
-_FIELDS = ("prompt", *_RESPONSE_FIELDS)
-_PROMPT_ROLES = ("system", "user", "assistant", "tool")
-_RESPONSE_ROLES = ("assistant", "tool")
-_MAX_LABEL = float(np.finfo(np.float32).max)  # labels become float32
-_ARRAY_TO_LINES = (
-    'python -c "import json, sys; [print(json.dumps(row)) for row in '
-    'json.load(sys.stdin)]" < rows.json > rows.jsonl'
-)
-
-
-class RecordError(ValueError):
-    """A row or a file that cannot be used: where it stands and what is wrong.
-
-    Attributes:
-      where: file and line, such as `pairs.jsonl:12`, or the file alone.
-      problem: what was needed, what came, what to do.
-
-    >>> str(RecordError("pairs.jsonl:12", "field `chosen` is missing."))
-    'pairs.jsonl:12: field `chosen` is missing.'
-    """
-
-    def __init__(self, where: str, problem: str):
-        super().__init__(where, problem)
-        self.where = where
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """One turn of a chat.
-
-    Attributes:
-      role: system, user, assistant or tool.
-      content: the text of the turn.
-    """
-
-    role: str
-    content: str
+_TEXT_FIELDS = ("prompt", "response", "chosen", "rejected", "responses")
+_PAIR_FIELDS = ("margin", "soft_label")
+_FIELDS = ("prompt", *_RESPONSE_FIELDS, *_PAIR_FIELDS, "tools")
+_MAX_NUMBER = float(np.finfo(np.float32).max)  # labels and extras become float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +62,13 @@ class Record:
       prompt: a string, or the messages of a chat.
       responses: K responses. Strings after a string; after a chat, messages that begin
         and end with the assistant's.
-      labels: K finite numbers. For a pair 1.0 (chosen, slot 0) and 0.0 (rejected).
+      labels: K finite numbers. For a pair 1.0 (chosen, slot 0) and 0.0 (rejected), or
+        its soft label p and 1 - p.
       row: number of the row in its source, from 0.
       where: the row's place for messages, such as `pairs.jsonl:12`.
+      tools: JSON objects, one for each tool that a chat template is told of.
+      fields: the row's other texts, finite numbers and truth values, to group by.
+      extras: numbers for the methods that ask for them: `margin`.
     """
 
     prompt: str | tuple[Message, ...]
@@ -87,6 +76,33 @@ class Record:
     labels: tuple[float, ...]
     row: int
     where: str
+    tools: tuple[str, ...] = ()
+    fields: Mapping[str, str | int | float | bool] = immutabledict()
+    extras: Mapping[str, float] = immutabledict()
+
+    def to_row(self) -> dict[str, Any]:
+        """The row, of plain JSON values, that `parse_record` makes this record of.
+
+        >>> row = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "margin": 0.5}
+        >>> parse_record(row, where="x:1", number=0).to_row() == row
+        True
+        """
+        texts = [
+            text if isinstance(text, str) else [turn.to_dict() for turn in text]
+            for text in (self.prompt, *self.responses)
+        ]
+        row = {"prompt": texts[0]}
+        if self.labels == (1.0,):
+            row["response"] = texts[1]
+        elif self.labels == (1.0, 0.0) or self.extras:
+            row |= {"chosen": texts[1], "rejected": texts[2]}
+            if self.labels != (1.0, 0.0):
+                row["soft_label"] = self.labels[0]
+        else:
+            row |= {"responses": texts[1:], "labels": list(self.labels)}
+        if self.tools:
+            row["tools"] = [json.loads(tool) for tool in self.tools]
+        return row | dict(self.extras) | dict(self.fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,13 +110,17 @@ class Records(Sequence[Record]):
     """The usable rows of one source, and an account of the others.
 
     Attributes:
-      source: name of the file or of the objects.
+      source: name of the file, the folder, the data set or of the objects.
       records: the records, in the order of the source.
       skipped: (where, problem) of each row that was left out.
-      counts: `read` (rows of the source), `skipped` (of these), `equal_responses`
-        (records with two equal responses), `blank_lines` (between rows), and
-        `unread_fields` ({name: rows that have it}; `chosen.name` is the field `name` of
-        a message in `chosen`).
+      counts: `read` (rows of the source), `skipped` (of these); of the records,
+        `equal_responses` (two of its responses are equal), `duplicates` (an earlier
+        record has the same prompt, tools and responses) and `implicit_prompts` (the
+        prompt is what the responses begin with); `blank_lines` (between rows); `files`
+        ({name: rows read}) and `unread_files` (names, of a folder's or pattern's other
+        files); `kept_fields` ({name: records that have it in `fields`}) and
+        `unread_fields` ({name: records whose row has it}; `chosen.id` is the field `id`
+        of a message in `chosen`).
     """
 
     source: str
@@ -129,65 +149,41 @@ class Records(Sequence[Record]):
         lines += [f"  skipped {where}: {what}" for where, what in self.skipped[:3]]
         if counts["skipped"] > 3:
             lines.append(f"  ... and {counts['skipped'] - 3} more")
-        if counts["equal_responses"]:
-            lines.append(f"  equal responses in {counts['equal_responses']} records")
-        if counts["blank_lines"]:
-            lines.append(f"  blank lines between rows: {counts['blank_lines']}")
-        if unread := counts["unread_fields"]:
-            named = ", ".join(f"{name} ({rows})" for name, rows in unread.items())
-            lines.append(f"  fields not read (rows): {named}")
+        if len(counts["files"]) > 1:
+            lines.append(f"  files (rows): {_listed(counts['files'])}")
+        if counts["unread_files"]:
+            lines.append(f"  files not read: {', '.join(counts['unread_files'])}")
+        for name, text in (
+            ("equal_responses", "equal responses in {} records"),
+            ("duplicates", "records with the prompt and responses of another: {}"),
+            ("implicit_prompts", "prompts taken from what the responses share: {}"),
+            ("blank_lines", "blank lines between rows: {}"),
+        ):
+            if counts[name]:
+                lines.append(f"  {text.format(counts[name])}")
+        if counts["kept_fields"]:
+            lines.append(f"  fields kept (rows): {_listed(counts['kept_fields'])}")
+        if counts["unread_fields"]:
+            lines.append(
+                f"  fields not read (rows): {_listed(counts['unread_fields'])}"
+            )
         return "\n".join(lines)
 
 
-def read_jsonl(path: str | os.PathLike, *, on_error: str = "raise") -> Records:
-    """Records of a `.jsonl` or `.jsonl.gz` file: UTF-8, one JSON object a line.
-
-    Blank lines are no rows; those between rows are counted.
-
-    Args:
-      path: the file.
-      on_error: "raise" stops at the first row that cannot be used. "skip" leaves such
-        rows out, counts and lists them; of a gzip file that is cut or damaged it keeps
-        the whole rows before that point and lists the cut among the skipped.
-
-    Returns:
-      The records and an account of what was left out.
-
-    Raises:
-      ValueError: `on_error` is neither.
-      RecordError: a row cannot be used and `on_error` is "raise"; or, with either, the
-        file is missing, of another kind, empty, or has no usable row.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
-    >>> _ = path.write_text('{"prompt": "1 + 1 =", "chosen": "2", "rejected": "3"}')
-    >>> read_jsonl(path)[0].responses
-    ('2', '3')
-    """
-    path = Path(path)
-    if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
-        raise RecordError(
-            str(path),
-            "`read_jsonl` reads .jsonl and .jsonl.gz (one JSON object a line); convert "
-            "the file, or pass its rows to `from_objects`.",
-        )
-    if path.is_dir():
-        raise RecordError(str(path), "is a folder; name one file in it.")
-    if not path.exists():
-        raise RecordError(str(path), "no such file.")
-    counts = Counter()
-    return _collect(path.name, _jsonl_rows(path, counts), on_error, counts)
-
-
 def from_objects(
-    rows: Iterable[Mapping[str, Any]], *, name: str = "rows", on_error: str = "raise"
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    name: str = "rows",
+    on_error: str = "raise",
+    rename: Mapping[str, str] = immutabledict(),
 ) -> Records:
     """Records of objects in memory, held to the same rules as a file's rows.
 
     Args:
       rows: mappings with the fields of a row.
       name: what messages call the source.
-      on_error: "raise" or "skip", as in `read_jsonl`.
+      on_error: "raise" or "skip", as in `pref_jax.data.readers.read`.
+      rename: {field of the rows: name of the schema}, as there.
 
     Returns:
       The records and an account of what was left out.
@@ -201,17 +197,27 @@ def from_objects(
     ((1.0,), 1)
     """
     placed = ((f"{name}[{index}]", row) for index, row in enumerate(rows))
-    return _collect(name, placed, on_error, Counter())
+    return collect(name, placed, on_error=on_error, rename=rename)
 
 
 def parse_record(row: Any, *, where: str, number: int) -> Record:
     """The one place where a row becomes a record; raises what is wrong with it.
 
-    A field that is null counts as absent. Fields that are not of the schema are left
-    alone (the readers count them).
+    A field that is null counts as absent; so do null fields inside `tools` and
+    `tool_calls`, and an empty `tools`, `tool_calls`, `tool_call_id` or `name`.
+    Fields that are not of the schema are kept in `Record.fields` where they are a
+    text, a finite number or a truth value, and otherwise left alone (the readers
+    count both).
+
+    Without `prompt`, two or more responses begin with it. Of chats it is the longest
+    run of leading messages that all share, that does not end with an assistant's, and
+    that an assistant's message follows in each. Of strings it is the longest text that
+    all share and that ends before whitespace: each response then begins with that
+    whitespace and is not blank.
 
     Args:
-      row: a mapping with `prompt` and one of the three forms.
+      row: a mapping with one of the three forms of responses and the other fields that
+        the module lists. `tools` and `tool_calls` may be JSON texts of their lists.
       where: the row's place, for messages.
       number: number of the row in its source.
 
@@ -224,36 +230,136 @@ def parse_record(row: Any, *, where: str, number: int) -> Record:
 
     >>> parse_record({"prompt": "a", "response": "b"}, where="x:1", number=0).responses
     ('b',)
+    >>> pair = {"chosen": "Q: 1 + 1? A: 2", "rejected": "Q: 1 + 1? A: 3"}
+    >>> record = parse_record(pair | {"soft_label": 0.75}, where="x:1", number=0)
+    >>> record.prompt, record.responses, record.labels
+    ('Q: 1 + 1? A:', (' 2', ' 3'), (0.75, 0.25))
     """
     if not isinstance(row, Mapping):
-        raise RecordError(where, f"needs an object with fields; got {_show(row)}.")
-    fields = {name: value for name, value in row.items() if value is not None}
-    present = tuple(name for name in _RESPONSE_FIELDS if name in fields)
-    if "prompt" not in fields or present not in _FORMS:
+        raise RecordError(where, f"needs an object with fields; got {show(row)}.")
+    given = {name: value for name, value in row.items() if value is not None}
+    present = tuple(name for name in _RESPONSE_FIELDS if name in given)
+    implicit = "prompt" not in given
+    if present not in _FORMS or (implicit and present == ("response",)):
         raise RecordError(
             where,
             "needs `prompt` and exactly one of: `response`; `chosen` and `rejected`; "
             f"`responses` and `labels`. Got the fields: "
-            f"{', '.join(f'`{name}`' for name in fields) or 'none'}.",
+            f"{', '.join(f'`{name}`' for name in given) or 'none'}.",
         )
-    prompt = _parse_prompt(fields["prompt"], where)
-    if "responses" in fields:
-        values, labels = _parse_list(fields["responses"], fields["labels"], where)
-        names = [f"responses[{k}]" for k in range(len(values))]
+    names, values, labels = _parse_form(given, present, where)
+    if implicit:
+        prompt, responses = _split_prompt(names, values, where)
     else:
-        names, values = present, [fields[name] for name in present]
-        labels = (1.0, 0.0)[: len(present)]
-    responses = tuple(
-        _parse_response(value, name, where, chat=not isinstance(prompt, str))
-        for name, value in zip(names, values, strict=True)
+        prompt = _parse_prompt(given["prompt"], where)
+        responses = tuple(
+            _parse_response(value, name, where, chat=not isinstance(prompt, str))
+            for name, value in zip(names, values, strict=True)
+        )
+    extras = {}
+    if "margin" in given:
+        need = "a finite number (float32)"
+        extras["margin"] = _parse_number(given["margin"], "margin", need, where)
+    tools = given.get("tools")
+    tools = () if is_empty(tools) else parse_objects(tools, "tools", where)
+    if tools and isinstance(prompt, str):
+        raise RecordError(
+            where,
+            "field `tools` is for a chat template, and the prompt is a string. Give "
+            'the prompt as [{"role": "user", "content": ...}].',
+        )
+    return Record(
+        prompt,
+        responses,
+        labels,
+        number,
+        where,
+        tuple(to_json(tool) for tool in tools),
+        immutabledict(_plain_fields(row)),
+        immutabledict(extras),
     )
-    return Record(prompt, responses, labels, number, where)
+
+
+def _parse_form(
+    given: Mapping[str, Any], present: tuple[str, ...], where: str
+) -> tuple[Sequence[str], Sequence[Any], tuple[float, ...]]:
+    """Names, values and labels of the responses."""
+    for name in _PAIR_FIELDS:
+        if name in given and present != ("chosen", "rejected"):
+            raise RecordError(
+                where,
+                f"field `{name}` belongs to a pair, with `chosen` and `rejected`; this "
+                f"row has {' and '.join(f'`{name}`' for name in present)}.",
+            )
+    if present == ("responses", "labels"):
+        values, labels = _parse_list(given["responses"], given["labels"], where)
+        return [f"responses[{k}]" for k in range(len(values))], values, labels
+    labels = (1.0, 0.0)[: len(present)]
+    if "soft_label" in given:
+        need = "the probability that `chosen` is better, from 0 to 1"
+        value = given["soft_label"]
+        share = _parse_number(value, "soft_label", need, where, low=0.0, high=1.0)
+        labels = (share, 1.0 - share)
+    return present, [given[name] for name in present], labels
+
+
+def _split_prompt(
+    names: Sequence[str], values: Sequence[Any], where: str
+) -> tuple[str | tuple[Message, ...], tuple[str | tuple[Message, ...], ...]]:
+    """The prompt that responses begin with, and what follows it in each."""
+    named = list(zip(names, values, strict=True))
+    num_strings = sum(isinstance(value, str) for value in values)
+    if num_strings == len(values):
+        texts = [parse_text(value, name, where) for name, value in named]
+        size = _shared_text(texts)
+    elif num_strings == 0:
+        texts = [parse_messages(v, name, where, PROMPT_ROLES) for name, v in named]
+        size = _shared_turns(texts)
+    else:
+        size = 0
+    if not size or len(values) < 2:
+        raise RecordError(
+            where,
+            "has no `prompt`, and two or more responses share no beginning that could "
+            "be one (leading messages up to an assistant's; of strings, a text that "
+            "ends before whitespace). Give the field `prompt`.",
+        )
+    if num_strings == 0:
+        for name, turns in zip(names, texts, strict=True):
+            _check_turns(turns, name, where, begin=size)
+    return texts[0][:size], tuple(text[size:] for text in texts)
+
+
+def _shared_text(texts: Sequence[str]) -> int:
+    """Length of the longest shared text that ends before whitespace in all, or 0."""
+    last = min(len(text.rstrip()) for text in texts) - 1  # no response is blank
+    for size in range(min(len(os.path.commonprefix(texts)), last), 0, -1):
+        if texts[0][size - 1].isspace():
+            continue
+        if all(text[size].isspace() for text in texts):
+            return size
+    return 0
+
+
+def _shared_turns(chats: Sequence[tuple[Message, ...]]) -> int:
+    """Number of leading messages that all share and an assistant's follows, or 0."""
+    shared = 0
+    for turns in zip(*chats, strict=False):
+        if len(set(turns)) > 1:
+            break
+        shared += 1
+    for size in range(min(shared, *(len(chat) - 1 for chat in chats)), 0, -1):
+        if chats[0][size - 1].role == "assistant":
+            continue
+        if all(chat[size].role == "assistant" for chat in chats):
+            return size
+    return 0
 
 
 def _parse_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
     if isinstance(value, str):
-        return _parse_text(value, "prompt", where)
-    messages = _parse_messages(value, "prompt", where, _PROMPT_ROLES)
+        return parse_text(value, "prompt", where)
+    messages = parse_messages(value, "prompt", where, PROMPT_ROLES)
     if messages[-1].role == "assistant":
         raise RecordError(
             where,
@@ -268,10 +374,10 @@ def _parse_response(
 ) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         if not value.strip():
-            raise _field_error(where, name, "a text that is not blank", value)
-        text = _parse_text(value, name, where)
+            raise field_error(where, name, "a text that is not blank", value)
+        text = parse_text(value, name, where)
         return (Message("assistant", text),) if chat else text
-    messages = _parse_messages(value, name, where, _RESPONSE_ROLES)
+    messages = parse_messages(value, name, where, RESPONSE_ROLES)
     if not chat:
         raise RecordError(
             where,
@@ -279,55 +385,30 @@ def _parse_response(
             "template needs both as messages. Give the prompt as "
             '[{"role": "user", "content": ...}].',
         )
-    for index in (0, -1):
-        if messages[index].role != "assistant":
-            raise RecordError(
-                where,
-                f"field `{name}` must begin and end with an assistant message; got "
-                f"the roles {', '.join(message.role for message in messages)}.",
-            )
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and not message.content.strip():
-            field = f"{name}[{index}].content"
-            raise _field_error(
-                where, field, "a text that is not blank", message.content
-            )
+    _check_turns(messages, name, where)
     return messages
 
 
-def _parse_messages(
-    value: Any, name: str, where: str, roles: tuple[str, ...]
-) -> tuple[Message, ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise _field_error(
-            where, name, "a string or a list of one or more messages", value
-        )
-    messages = []
-    for index, item in enumerate(value):
+def _check_turns(
+    messages: tuple[Message, ...], name: str, where: str, *, begin: int = 0
+) -> None:
+    """Raise if the messages from `begin` on are no response."""
+    turns = list(enumerate(messages))[begin:]
+    for index, message in turns:
         field = f"{name}[{index}]"
-        if not isinstance(item, Mapping) or not {"role", "content"} <= item.keys():
-            raise _field_error(where, field, 'a {"role", "content"} object', item)
-        if item["role"] not in roles:
-            need = f"one of {', '.join(roles)}"
-            raise _field_error(where, f"{field}.role", need, item["role"])
-        if not isinstance(item["content"], str):
-            raise _field_error(where, f"{field}.content", "a string", item["content"])
-        text = _parse_text(item["content"], f"{field}.content", where)
-        messages.append(Message(item["role"], text))
-    return tuple(messages)
-
-
-def _parse_text(value: str, name: str, where: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair; no tokenizer takes it.
+        if message.role not in RESPONSE_ROLES:
+            need = f"one of {', '.join(RESPONSE_ROLES)} in a response"
+            raise field_error(where, f"{field}.role", need, message.role)
+        calls = "tool_calls" in json.loads(message.fields)
+        if message.role == "assistant" and not calls and not message.content.strip():
+            need = "a text that is not blank"
+            raise field_error(where, f"{field}.content", need, message.content)
+    if {turns[0][1].role, turns[-1][1].role} != {"assistant"}:
         raise RecordError(
             where,
-            f"field `{name}` holds {value[error.start]!a} at character {error.start}, "
-            "half of a surrogate pair and no character.",
-        ) from None
-    return value
+            f"field `{name}` must begin and end with an assistant message; got "
+            f"the roles {', '.join(message.role for _, message in turns)}.",
+        )
 
 
 def _parse_list(
@@ -335,33 +416,62 @@ def _parse_list(
 ) -> tuple[Sequence, tuple[float, ...]]:
     if not isinstance(responses, list | tuple) or not responses:
         need = "a list of one or more responses"
-        raise _field_error(where, "responses", need, responses)
+        raise field_error(where, "responses", need, responses)
     if not isinstance(labels, list | tuple) or len(labels) != len(responses):
         need = f"a list of {len(responses)} numbers, one for each response"
-        raise _field_error(where, "labels", need, labels)
-    for index, label in enumerate(labels):
-        # Written so that NaN fails, and an int too large for a float as well.
-        number = isinstance(label, int | float | np.integer | np.floating | np.bool_)
-        if not number or not abs(label) <= _MAX_LABEL:
-            need = "a finite number (float32)"
-            raise _field_error(where, f"labels[{index}]", need, label)
-    return responses, tuple(float(label) for label in labels)
+        raise field_error(where, "labels", need, labels)
+    need = "a finite number (float32)"
+    return responses, tuple(
+        _parse_number(label, f"labels[{index}]", need, where)
+        for index, label in enumerate(labels)
+    )
 
 
-def _field_error(where: str, name: str, need: str, value: Any) -> RecordError:
-    return RecordError(where, f"field `{name}` needs {need}; got {_show(value)}.")
+def _parse_number(
+    value: Any,
+    name: str,
+    need: str,
+    where: str,
+    *,
+    low: float = -_MAX_NUMBER,
+    high: float = _MAX_NUMBER,
+) -> float:
+    number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
+    # Written so that NaN fails, and an int too large for a float as well.
+    if not number or not low <= value <= high:
+        raise field_error(where, name, need, value)
+    return float(value)
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"{text} ({type(value).__name__})"
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({rows})" for name, rows in counts.items())
 
 
-def _unread_fields(row: Mapping[str, Any]) -> set[str]:
+def _plain_fields(row: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """The fields that are not of the schema and that records can be grouped by."""
+    kept = {}
+    for name, value in row.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(name, str) and name not in _FIELDS and _is_plain(value):
+            kept[name] = value
+    return kept
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value equals itself, wherever it is written and read again."""
+    if isinstance(value, str):
+        return value.isascii() or value == value.encode("utf-8", "replace").decode()
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int)
+
+
+def _unread_fields(row: Mapping[str, Any], record: Record) -> set[str]:
     """Names of what `parse_record` did not look at, in the row and in its messages."""
-    unread = {name for name in row if name not in _FIELDS and row[name] is not None}
-    for name in _FIELDS:
+    read = {*_FIELDS, *record.fields}
+    unread = {name for name in row if name not in read and row[name] is not None}
+    read = {"role", "content", *messages.FIELDS}
+    for name in _TEXT_FIELDS:
         values = row.get(name)
         for value in values if isinstance(values, list | tuple) else ():
             # `responses` is a list of responses, the others are lists of messages.
@@ -370,86 +480,92 @@ def _unread_fields(row: Mapping[str, Any]) -> set[str]:
                     unread |= {
                         f"{name}.{key}"
                         for key in item
-                        if key not in ("role", "content") and item[key] is not None
+                        if key not in read and item[key] is not None
                     }
     return {str(name) for name in unread}
 
 
-def _jsonl_rows(path: Path, counts: Counter) -> Iterator[tuple[str, Any]]:
-    """Yields (where, object), or (where, RecordError) for a line that has none."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    rows = blank = 0
-    with open_file(path, "rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):  # splits at \n, no other
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-                if not line.strip():
-                    blank += 1
-                    continue
-                if rows == 0 and line.lstrip().startswith(b"["):
-                    raise RecordError(
-                        path.name,
-                        "begins with `[`: it looks like one JSON array, and one JSON "
-                        f"object a line is needed. Convert it with: {_ARRAY_TO_LINES}",
-                    )
-                counts["blank_lines"] += blank
-                blank = 0
-                rows += 1
-                where = f"{path.name}:{number}"
-                try:
-                    yield where, _parse_line(line, where)
-                except RecordError as error:
-                    yield where, error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            yield (
-                path.name,
-                RecordError(
-                    path.name,
-                    f"the gzip file is cut or damaged ({error}); {rows} whole rows "
-                    "before that point could be read.",
-                ),
+def parse_rename(pairs: Iterable[str]) -> dict[str, str]:
+    """The `rename` of a reader from a command line's words.
+
+    Args:
+      pairs: such as "correct=labels": the field of the rows, and what it is read as.
+
+    Raises:
+      ValueError: a word is of another form, or a name comes twice.
+
+    >>> parse_rename(["question=prompt", "correct=labels"])
+    {'question': 'prompt', 'correct': 'labels'}
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        old, _, new = pair.partition("=")
+        if not old or not new or old in found or new in found.values():
+            raise ValueError(
+                f"`rename` needs words such as correct=labels, each name once; got "
+                f"{pair!r}."
             )
+        found[old] = new
+    return found
 
 
-def _parse_line(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique_fields)
-    except UnicodeDecodeError as error:
-        raise RecordError(
-            where,
-            f"is not UTF-8: byte {error.start} of the line is "
-            f"0x{line[error.start]:02x} ({error.reason}).",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else " The file ends in this line: is it cut?"
-        raise RecordError(
-            where, f"is not one JSON object on one line ({error}).{cut}"
-        ) from None
+def _names(row: Any) -> set[str]:
+    return set(row) if isinstance(row, Mapping) else set()
 
 
-def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = [
-            name for name, n in Counter(name for name, _ in pairs).items() if n > 1
-        ]
-        raise ValueError(f"field given twice: {', '.join(twice)}")
-    return fields
+def _rename(row: Any, rename: Mapping[str, str], where: str) -> Any:
+    if not rename or not isinstance(row, Mapping):
+        return row
+    for old, new in rename.items():
+        if row.get(old) is not None and row.get(new) is not None and new not in rename:
+            raise RecordError(
+                where, f"has `{old}`, which is to be read as `{new}`, and `{new}` too."
+            )
+    others = {name: value for name, value in row.items() if name not in rename}
+    return others | {new: row[old] for old, new in rename.items() if old in row}
 
 
-def _collect(
-    source: str, rows: Iterable[tuple[str, Any]], on_error: str, counts: Counter
+def collect(
+    source: str,
+    rows: Iterable[tuple[str, Any]],
+    *,
+    on_error: str,
+    rename: Mapping[str, str] = immutabledict(),
+    counts: Mapping[str, Any] = immutabledict(),
 ) -> Records:
-    """Parses the rows of any reader; holds them to one K and to `on_error`."""
+    """Parses the rows of any reader; holds them to one K and to `on_error`.
+
+    Args:
+      source: what messages call the source.
+      rows: (where, row), or (where, RecordError) for what could not be read.
+      on_error: "raise" stops at the first row that cannot be used, "skip" leaves such
+        rows out, counts and lists them.
+      rename: {field of the rows: name of the schema}.
+      counts: the reader's own part of `Records.counts`, looked at after the last row.
+
+    Returns:
+      The records and an account of what was left out.
+
+    Raises:
+      ValueError: `on_error` is neither.
+      RecordError: a row cannot be used and `on_error` is "raise", or none can; or no
+        row has a field of `rename`.
+
+    >>> rows = [("x:1", {"prompt": "a", "response": "b"}), ("x:2", 7)]
+    >>> collect("x", rows, on_error="skip").skipped
+    [('x:2', 'needs an object with fields; got 7 (int).')]
+    """
     if on_error not in ("raise", "skip"):
         raise ValueError(f'`on_error` must be "raise" or "skip"; got {on_error!r}.')
-    records, skipped, unread = [], [], Counter()
+    records, skipped, seen, renamed = [], [], set(), set()
+    found, kept, unread = Counter(), Counter(), Counter()
     for number, (where, row) in enumerate(rows):
-        counts["read"] += 1
+        found["read"] += 1
         try:
             if isinstance(row, RecordError):
                 raise row
+            renamed |= rename.keys() & _names(row)
+            row = _rename(row, rename, where)
             record = parse_record(row, where=where, number=number)
             if records and len(record.responses) != len(records[0].responses):
                 raise RecordError(
@@ -468,16 +584,31 @@ def _collect(
             skipped.append((error.where, error.problem))
             continue
         records.append(record)
-        unread.update(_unread_fields(row))
-        counts["equal_responses"] += len(set(record.responses)) < len(record.responses)
+        kept.update(record.fields.keys())
+        unread.update(_unread_fields(row, record))
+        found["equal_responses"] += len(set(record.responses)) < len(record.responses)
+        found["implicit_prompts"] += row.get("prompt") is None
+        content = (record.prompt, record.responses, record.tools)
+        found["duplicates"] += content in seen
+        seen.add(content)
+    missing = sorted(rename.keys() - renamed)
+    if missing:
+        raise RecordError(
+            source,
+            f"no row has the field `{missing[0]}`, which is to be read as "
+            f"`{rename[missing[0]]}`.",
+        )
     if not records:
         first = f" The first problem: {RecordError(*skipped[0])}" if skipped else ""
-        raise RecordError(source, f"has no usable row among {counts['read']}.{first}")
-    names = ("read", "equal_responses", "blank_lines")
+        raise RecordError(source, f"has no usable row among {found['read']}.{first}")
+    names = ("read", "equal_responses", "duplicates", "implicit_prompts")
     return Records(
         source=source,
         records=tuple(records),
         skipped=skipped,
-        counts={name: counts[name] for name in names}
-        | {"skipped": len(skipped), "unread_fields": dict(unread)},
+        counts={name: found[name] for name in names}
+        | {"skipped": len(skipped), "kept_fields": dict(kept)}
+        | {"unread_fields": dict(unread)}
+        | {"blank_lines": 0, "files": {}, "unread_files": []}
+        | dict(counts),
     )

@@ -1,0 +1,1 @@
+"""A tfds data set with typed features, as users write them."""
