@@ -28,8 +28,13 @@ Metrics = dict[str, tuple[Array, Array]]
 
 EXTRAS = {
     "anchor_logps": "BKT",
+    "margin": "B",
 }
-"""Optional fields of a batch: name -> its axes. Built and checked from the axes."""
+"""Optional fields of a batch: name -> its axes. Built and checked from the axes.
+
+`anchor_logps`: token logps of a fixed anchor, nats. `margin`: by how much the chosen
+response is better, in the unit of the data.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,32 +10,40 @@ response:
     response k:    the other tokens of rendering k, up to and with its end token
 
 So prompt ids + response ids are the ids of the whole rendering, always. A token that
-straddles the cut opens the response, is trained, counted and shown.
+straddles the cut opens the response, is trained, counted and shown. What text a chat
+template gives a response is the matter of `chat_templates`.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pref_jax.data.chat_templates import ChatTemplate, Rendering, Span
 from pref_jax.data.records import Message, Record, RecordError
 from pref_jax.types import TokenGroup
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[Message]
 
-_QUESTION = Message("user", "Which colour is the sky?")  # the probe conversation
-_ANSWER = Message("assistant", "Blue-7Q")
-_NUM_EXAMPLES = 3
+_Note = tuple[str, int, str]  # name of a count, how many, an example
+
+_RULES = "2"  # of this file and of `chat_templates`: raise it where ids or masks change
+_NUM_EXAMPLES = 3  # of each count
+_BATCH_SIZE = 256  # records that `encode_all` hands to the tokenizer at once
+_HAS_MARKERS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -104,13 +112,24 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
+class _Rendered(NamedTuple):
+    """A record as text: what to tokenise, and where the responses begin in it."""
+
+    head: str
+    renderings: list[Rendering]
+    end_id: int
+
+
 class TextEncoder:
     """Records to token groups, by one tokenizer and its chat template.
 
     Strings: prompt + response, then one EOS. Chats: the template's own text, up to and
     with the token that ends an assistant's turn; what the template writes after it (a
     newline, say) is no part of the response. In a response of several messages only the
-    assistant's tokens are trained.
+    assistant's tokens are trained, each turn with its end. If the template has
+    `{% generation %}` markers, they say which text is the assistant's; if it has none,
+    it must write each turn whatever follows it, or is refused
+    (`pref_jax.data.chat_templates` says more).
 
     The ids begin with what the tokenizer puts before plain text (a BOS, or nothing),
     unless the text begins with it already. A prompt without any token gets a stand-in,
@@ -120,12 +139,15 @@ class TextEncoder:
       end_ids: the ids that end a response, without repetition: of a chat the
         template's end of turn (first), of a string the EOS.
       pad_id: a legal id for padding. It may be an end id: masks come from lengths.
-      counts: what `encode` has met so far: `records`, `straddling_tokens`,
-        `records_with_straddling`, `stand_in_bos` (prompts), `extra_bos_in_prompt`,
-        `special_tokens_in_response` (trained tokens other than the end, from special
-        text in the data), and text that the tokenizer cannot spell: `unknown_tokens`,
+      counts: what was met so far: `records` (encoded), `left_out` (by `encode_all`),
+        `straddling_tokens`, `records_with_straddling`, `stand_in_bos` (prompts),
+        `extra_bos_in_prompt`, `special_tokens_in_response` (trained tokens other than
+        the ends of turns, from special text in the data), `rewritten_messages` (of a
+        chat: the template does not write the content as it stands, blanks around it
+        left aside), and text that the tokenizer cannot spell: `unknown_tokens`,
         `dropped_characters` (other than blanks).
-      examples: up to three straddling tokens, for showing.
+      examples: up to three of each count, for showing.
+      left_out: (where, problem) of each record that `encode_all` left out.
 
     Args:
       tokenizer: a fast Hugging Face tokenizer. It is not changed.
@@ -136,7 +158,8 @@ class TextEncoder:
     Raises:
       ValueError: the tokenizer gives no offsets, has no BOS to add, or ends plain text
         with something else than its EOS; or the chat template cannot be rendered, is
-        not prefix-preserving, or writes no token that ends a turn.
+        not prefix-preserving and has no generation markers, or writes no token that
+        ends a turn.
 
     >>> from pref_jax.data.records import from_objects
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -162,7 +185,7 @@ class TextEncoder:
                 "`tokenizer` must be a fast one, which gives character offsets; got "
                 f"{type(tokenizer).__name__}. Save it as tokenizer.json and load that."
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._add_bos = tokenizer, add_bos
         # The post-processor adds special tokens, which is our part, and often trims
         # spaces off the offsets, so that a token which straddles the cut seems not to.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -175,20 +198,30 @@ class TextEncoder:
         if chat_template is None and tokenizer.chat_template is not None:
             self._template = tokenizer.get_chat_template()
             self._template_name = f"the chat template of {tokenizer.name_or_path!r}"
-        self._turn_id, self._opening = None, ""
+        added = tokenizer.added_tokens_decoder
+        self._chat = None
         if self._template is not None:
-            self._probe_template()
-        ends = (self._turn_id, self._eos_id)
+            self._has_markers = bool(_HAS_MARKERS.search(self._template))
+            self._chat = ChatTemplate(
+                self._render,
+                self._encode_text,
+                ending={*added, self._eos_id},
+                eos_id=self._eos_id,
+                name=self._template_name,
+            )
+        ends = (self._chat and self._chat.end_id, self._eos_id)
         self.end_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
         pads = (tokenizer.pad_token_id, self._eos_id, 0)
         self.pad_id = next(pad for pad in pads if pad is not None)
         unknown = {tokenizer.unk_token_id} - {None, self._bos_id, *self.end_ids}
-        added = tokenizer.added_tokens_decoder.items()
-        special = {token_id for token_id, token in added if token.special}
-        self._unknown = list(unknown)
-        self._special = list(special.union(self.end_ids) - unknown)
+        special = {token_id for token_id, token in added.items() if token.special}
+        special = special.union(self.end_ids) - unknown
+        size = max(tokenizer.get_vocab().values()) + 1
+        self._is_unknown = np.isin(np.arange(size), list(unknown))
+        self._is_special = np.isin(np.arange(size), list(special))
         self.counts: Counter[str] = Counter()
-        self.examples: list[str] = []
+        self.examples: dict[str, list[str]] = {}
+        self.left_out: list[tuple[str, str]] = []
 
     def encode(self, record: Record) -> TokenGroup:
         """The ids of a record's prompt and responses, cut as the module says.
@@ -201,74 +234,67 @@ class TextEncoder:
 
         Returns:
           The group. Loss masks are all True, but for tokens of tool messages and the
-          template's text around them in a response of several messages.
+          template's text around them in a response of several messages, and for text
+          before a response that the template's generation markers leave out.
 
         Raises:
           RecordError: the record cannot be rendered or encoded so; says why.
         """
-        head = self._render_prompt(record.prompt, record.where)
-        if isinstance(record.prompt, str):
-            end_id = self._eos_id
-            renderings = [
-                (head + response, [(len(head), len(head + response))])
-                for response in record.responses
-            ]
-        else:
-            end_id = self._turn_id
-            renderings = [
-                self._render_response(record.prompt, head, response, record.where)
-                for response in record.responses
-            ]
-        if end_id is None:
-            raise RecordError(
-                record.where,
-                "holds strings, and the tokenizer has no eos_token to end a response "
-                'with. Set one: `tokenizer.eos_token = "..."`.',
-            )
-        encodings = [self._encode_text(text, record.where) for text, _ in renderings]
-        cut = _common_prefix(encodings, len(head))
-        counts = Counter(records=1)
-        prompt = self._complete_prompt(encodings[0][0][:cut], counts, record.where)
-        counts["unknown_tokens"] += int(np.isin(prompt, self._unknown).sum())
-        responses, loss_masks, examples = [], [], []
-        for k, (text, spans) in enumerate(renderings):
-            ids, offsets = (array[cut:] for array in encodings[k])
-            mask, ends, straddling = _trained_tokens(offsets, spans)
-            special = np.isin(ids, self._special) & mask
-            special[ends] &= ids[ends] != end_id
-            if not len(ids) or ids[-1] != end_id:
-                ids, mask = np.append(ids, np.int32(end_id)), np.append(mask, True)
-            self._check_response(ids, k, record.where)
-            responses.append(ids)
-            loss_masks.append(mask)
-            counts["special_tokens_in_response"] += int(special.sum())
-            counts["unknown_tokens"] += int(np.isin(ids, self._unknown).sum())
-            # The characters of the prompt are counted once, with the first response.
-            counts["dropped_characters"] += _num_dropped(
-                text, encodings[k][1], begin=len(head) if k else 0
-            )
-            counts["straddling_tokens"] += len(straddling)
-            for start, stop, begin in straddling:
-                before, after = text[max(begin - 20, 0) : begin], text[begin:][:20]
-                examples.append(
-                    f"{record.where}: {text[start:stop]!r} in {before!r} | {after!r}"
-                )
-        counts["records_with_straddling"] = int(counts["straddling_tokens"] > 0)
-        self.counts.update(counts)
-        self.examples += examples[: _NUM_EXAMPLES - len(self.examples)]
-        return TokenGroup(
-            prompt=prompt,
-            responses=tuple(responses),
-            loss_masks=tuple(loss_masks),
-            labels=record.labels,
-            record=record.row,
-        )
+        rendered = self._render_record(record)
+        encodings = [
+            self._encode_text(text, record.where) for text, _ in rendered.renderings
+        ]
+        return self._make_group(record, rendered, encodings)
 
-    def encode_prompt(self, prompt: Prompt) -> np.ndarray:
+    def encode_all(
+        self, records: Sequence[Record], *, on_error: str = "raise"
+    ) -> list[TokenGroup]:
+        """The groups of many records, equal to those of `encode`, and faster.
+
+        The tokenizer gets many texts at once and uses a thread a core, or one where the
+        environment variable TOKENIZERS_PARALLELISM is false.
+
+        Args:
+          records: such as `pref_jax.data.records.Records`.
+          on_error: "raise" stops at the first record that cannot be encoded; "skip"
+            leaves such records out, counts them and lists them in `left_out`.
+
+        Returns:
+          The groups, in order; `TokenGroup.record` says whose they are.
+
+        Raises:
+          ValueError: `on_error` is neither.
+          RecordError: a record cannot be encoded and `on_error` is "raise", or none
+            can.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'`on_error` must be "raise" or "skip"; got {on_error!r}.')
+        groups, problems = [], []
+        for first in range(0, len(records), _BATCH_SIZE):
+            for made in self._encode_batch(records[first : first + _BATCH_SIZE]):
+                if isinstance(made, TokenGroup):
+                    groups.append(made)
+                    continue
+                if on_error == "raise":
+                    hint = ' Fix it, or pass on_error="skip" to leave such rows out.'
+                    raise RecordError(made.where, made.problem + hint) from made
+                problems.append((made.where, made.problem))
+                self._note("left_out", 1, str(made))
+        self.left_out += problems
+        if problems and not groups:
+            raise RecordError(
+                problems[0][0],
+                f"{problems[0][1]} And no other of {len(records)} records can be "
+                "encoded.",
+            )
+        return groups
+
+    def encode_prompt(self, prompt: Prompt, *, tools: Sequence[str] = ()) -> np.ndarray:
         """The ids that a sampler continues: a chat with the opening of a response.
 
         Args:
           prompt: a string, or the messages of a chat.
+          tools: of a chat, as in `Record.tools`.
 
         Returns:
           i32[P], P >= 1. Equal to the prompt ids of `encode`, unless the text of a
@@ -277,8 +303,11 @@ class TextEncoder:
         Raises:
           RecordError: the prompt cannot be rendered or has no token.
         """
-        ids, _ = self._encode_text(self._render_prompt(prompt, "prompt"), "prompt")
-        return self._complete_prompt(ids, Counter(), "prompt")
+        head = prompt
+        if not isinstance(prompt, str):
+            head = self._chat_template("prompt").head(prompt, "prompt", tools)
+        ids, _ = self._encode_text(head, "prompt")
+        return self._complete_prompt(ids, [], "prompt")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, special tokens left out."""
@@ -288,6 +317,33 @@ class TextEncoder:
             clean_up_tokenization_spaces=False,
         )
 
+    def identity(self) -> dict[str, str]:
+        """What the ids of a record depend on besides the record: a key for caches.
+
+        Returns:
+          Hashes and values as strings, the same in every process: `tokenizer` (its
+          tokenizer.json without truncation, padding and post-processor, which are not
+          used), `special_ids`, `chat_template` (its text), `chat_probe` (what it wrote
+          of a short conversation: it may write today's date), `add_bos`, and `rules`, a
+          number that is raised when this library encodes otherwise.
+        """
+        special_ids = {
+            "begin": self._prefix,
+            "bos": self._bos_id,
+            "eos": self._eos_id,
+            "end": self.end_ids,
+            "pad": self.pad_id,
+            "unk": self._tokenizer.unk_token_id,
+        }
+        return {
+            "tokenizer": _digest(self._backend.to_str()),
+            "special_ids": json.dumps(special_ids),
+            "chat_template": _digest(self._template),
+            "chat_probe": _digest(self._chat and self._chat.probe),
+            "add_bos": str(self._add_bos),
+            "rules": _RULES,
+        }
+
     def summary(self) -> str:
         """A few lines for the start of a run: the special ids, and what was met."""
         ids = {"begin": self._prefix, "end": self.end_ids, "pad": (self.pad_id,)}
@@ -296,14 +352,12 @@ class TextEncoder:
             for name, value in ids.items()
         )
         lines = [f"{self.counts['records']} records encoded; {', '.join(named)}"]
-        lines += [
-            f"  {name}: {count}"
-            for name, count in self.counts.items()
-            if count and name != "records"
-        ]
-        if self._opening:
-            lines.append(f"  the template opens a response with {self._opening!r}")
-        lines += [f"  straddling token, {example}" for example in self.examples]
+        for name, count in self.counts.items():
+            if count and name != "records":
+                lines.append(f"  {name}: {count}")
+                lines += [f"    {example}" for example in self.examples.get(name, ())]
+        if self._chat is not None and self._chat.opening:
+            lines.append(f"  the template opens a response with {self._chat.opening!r}")
         return "\n".join(lines)
 
     def _find_prefix(self, add_bos: bool | None) -> tuple[int, ...]:
@@ -338,113 +392,69 @@ class TextEncoder:
                 return text
         raise ValueError("The tokenizer has no token of its own that spells a text.")
 
-    def _probe_template(self) -> None:
-        """Finds what the template writes around an answer, and the id that ends it."""
-        where = "chat template"
-        head = self._render([_QUESTION], where, generation=True)
-        full = self._render([_QUESTION, _ANSWER], where)
-        self._check_prefix(head, full, where)
-        begin = full.find(_ANSWER.content, len(head))
-        if begin < 0:
-            raise ValueError(
-                f"{self._template_name} does not write the assistant's message: "
-                f"{_ANSWER.content!r} is not in {full[len(head) :]!r}."
+    def _render_record(self, record: Record) -> _Rendered:
+        prompt = record.prompt
+        if not isinstance(prompt, str):
+            chat = self._chat_template(record.where)
+            head, renderings = chat.renderings(
+                prompt, record.responses, record.where, record.tools
             )
-        self._opening = full[len(head) : begin]
-        self._tail = full[begin + len(_ANSWER.content) :]
-        ending = {*self._tokenizer.added_tokens_decoder, self._eos_id}
-        ids, offsets = self._encode_text(self._tail, where)
-        found = np.flatnonzero([token_id in ending for token_id in ids.tolist()])
-        if len(found):
-            # What the template writes after the end of turn is no part of a response.
-            self._turn_id = int(ids[found[0]])
-            self._num_kept = int(offsets[found[0], 1])
-        elif self._tail.strip() or self._eos_id is None:
-            raise ValueError(
-                f"{self._template_name} ends an assistant's turn with {self._tail!r}, "
-                "which holds no special token of the tokenizer, so that a response has "
-                "no end. Pass a `chat_template=` that writes the eos_token there."
-            )
-        else:
-            self._turn_id, self._num_kept = self._eos_id, 0
-
-    def _render(
-        self, messages: Sequence[Message], where: str, *, generation: bool = False
-    ) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in messages],
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
-        except TemplateError as error:
+            return _Rendered(head, renderings, chat.end_id)
+        if self._eos_id is None:
             raise RecordError(
-                where,
-                f"{self._template_name} refuses the roles "
-                f"{', '.join(turn.role for turn in messages)}: {error}",
-            ) from error
+                record.where,
+                "holds strings, and the tokenizer has no eos_token to end a response "
+                'with. Set one: `tokenizer.eos_token = "..."`.',
+            )
+        texts = [prompt + response for response in record.responses]
+        renderings = [Rendering(text, ((len(prompt), len(text)),)) for text in texts]
+        return _Rendered(prompt, renderings, self._eos_id)
 
-    def _render_prompt(self, prompt: Prompt, where: str) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        if self._template is None:
+    def _chat_template(self, where: str) -> ChatTemplate:
+        if self._chat is None:
             raise RecordError(
                 where,
                 "is a chat, and the tokenizer has no chat template. Pass "
                 "`chat_template=`, or give prompt and responses as strings.",
             )
-        return self._render(prompt, where, generation=True)
+        return self._chat
 
-    def _render_response(
+    def _render(
         self,
-        prompt: Sequence[Message],
-        head: str,
-        response: Sequence[Message],
+        messages: Sequence[Message],
         where: str,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text up to the last end of turn, and the assistant's spans in it."""
-        turns = [*prompt, *response]
-        text = self._render_turns(turns, where)
-        spans = []
-        for index in range(len(prompt), len(turns)):
-            if turns[index].role != "assistant":
-                continue
-            first, last = index == len(prompt), index == len(turns) - 1
-            before = (
-                head if first else self._render(turns[:index], where, generation=True)
-            )
-            after = text if last else self._render_turns(turns[: index + 1], where)
-            self._check_prefix(before, text, where)
-            self._check_prefix(after, text, where)
-            spans.append((len(before), len(after)))
-        return text, spans
+        tools: Sequence[str],
+        *,
+        generation: bool = False,
+    ) -> tuple[str, list[Span] | None]:
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-    def _render_turns(self, turns: Sequence[Message], where: str) -> str:
-        """The rendering up to and with the token that ends the last turn."""
-        text = self._render(turns, where)
-        if not text.endswith(self._tail):
+        chat = [turn.to_dict() for turn in messages]
+        options = {
+            "tools": [json.loads(tool) for tool in tools] or None,
+            "chat_template": self._template,
+            "add_generation_prompt": generation,
+        }
+        try:
+            if not self._has_markers:
+                text = self._tokenizer.apply_chat_template(
+                    chat, tokenize=False, **options
+                )
+                return text, None
+            # What `apply_chat_template` calls; it does not hand on the blocks.
+            texts, blocks = render_jinja_template(
+                [chat],
+                return_assistant_tokens_mask=True,
+                **options,
+                **self._tokenizer.special_tokens_map,
+            )
+            return texts[0], blocks[0]
+        except Exception as error:  # a template is a program and may raise anything
             raise RecordError(
                 where,
-                f"{self._template_name} ends turns with {self._tail!r}, but this one "
-                f"with {text[-40:]!r}.",
-            )
-        return text[: len(text) - len(self._tail) + self._num_kept]
-
-    def _check_prefix(self, part: str, text: str, where: str) -> None:
-        if text.startswith(part):
-            return
-        same = len(os.path.commonprefix([part, text]))
-        raise RecordError(
-            where,
-            f"{self._template_name} is not prefix-preserving: it writes the "
-            "beginning of the conversation otherwise once the response follows. After "
-            f"{text[max(same - 30, 0) : same]!r} it wrote {part[same:][:40]!r} alone "
-            f"and {text[same:][:40]!r} with the response. Pass a `chat_template=` that "
-            "writes each turn whatever follows it.",
-        )
+                f"{self._template_name} refuses the roles "
+                f"{', '.join(turn.role for turn in messages)}: {error}",
+            ) from error
 
     def _encode_text(self, text: str, where: str) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -453,11 +463,109 @@ class TextEncoder:
             raise RecordError(
                 where, f"the tokenizer cannot encode {text[:60]!r}: {error}"
             ) from error
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        return np.array(encoding.ids, np.int32), offsets
+        return _ids_and_offsets(encoding)
+
+    def _encode_batch(
+        self, records: Sequence[Record]
+    ) -> Iterator[TokenGroup | RecordError]:
+        rendered = [_attempt(self._render_record, record) for record in records]
+        texts = [
+            text
+            for found in rendered
+            if isinstance(found, _Rendered)
+            for text, _ in found.renderings
+        ]
+        try:
+            encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        except Exception:  # of one of the texts: the record is found one by one
+            yield from (_attempt(self.encode, record) for record in records)
+            return
+        for record, found in zip(records, rendered, strict=True):
+            if isinstance(found, _Rendered):
+                encodings = [_ids_and_offsets(next(encoded)) for _ in found.renderings]
+                found = _attempt(self._make_group, record, found, encodings)
+            yield found
+
+    def _make_group(
+        self,
+        record: Record,
+        rendered: _Rendered,
+        encodings: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> TokenGroup:
+        """Cuts the ids of the renderings, and counts what was met."""
+        head, renderings, end_id = rendered
+        cut = _common_prefix(encodings, len(head))
+        notes: list[_Note] = []
+        prompt = self._complete_prompt(encodings[0][0][:cut], notes, record.where)
+        responses, loss_masks = [], []
+        for k, (text, spans) in enumerate(renderings):
+            notes += self._notes_on_text(record, k, text, len(head), encodings[k], cut)
+            ids, offsets = (array[cut:] for array in encodings[k])
+            mask, ends, straddling = _trained_tokens(offsets, spans, len(head))
+            special = self._is_special[ids] & mask
+            special[ends] &= ids[ends] != end_id
+            if not len(ids) or ids[-1] != end_id:
+                ids, mask = np.append(ids, np.int32(end_id)), np.append(mask, True)
+            self._check_response(ids, k, record.where)
+            responses.append(ids)
+            loss_masks.append(mask)
+            for start, stop, begin in straddling:
+                before, after = text[max(begin - 20, 0) : begin], text[begin:][:20]
+                shown = f"{text[start:stop]!r} in {before!r} | {after!r}"
+                notes.append(("straddling_tokens", 1, shown))
+            tokens = self._tokenizer.convert_ids_to_tokens(
+                ids[: len(special)][special].tolist()
+            )
+            notes.append(("special_tokens_in_response", len(tokens), str(tokens)))
+        if any(name == "straddling_tokens" for name, *_ in notes):
+            self.counts["records_with_straddling"] += 1
+        self.counts["records"] += 1
+        for name, number, example in notes:
+            self._note(name, number, f"{record.where}: {example}")
+        return TokenGroup(
+            prompt=prompt,
+            responses=tuple(responses),
+            loss_masks=tuple(loss_masks),
+            labels=record.labels,
+            record=record.row,
+            extras=dict(record.extras),
+        )
+
+    def _notes_on_text(
+        self,
+        record: Record,
+        k: int,
+        text: str,
+        boundary: int,
+        encoding: tuple[np.ndarray, np.ndarray],
+        cut: int,
+    ) -> list[_Note]:
+        """What the ids do not say as the data does; the prompt's with response 0."""
+        first = k == 0
+        ids, offsets = (array[0 if first else cut :] for array in encoding)
+        unknown = [text[a:b] for a, b in offsets[self._is_unknown[ids]]]
+        dropped = _dropped(text, encoding[1], begin=0 if first else boundary)
+        notes = [
+            ("unknown_tokens", len(unknown), repr(unknown)),
+            ("dropped_characters", len(dropped), repr(dropped)),
+        ]
+        if not isinstance(record.prompt, str):
+            messages = [*(record.prompt if first else ()), *record.responses[k]]
+            notes += [
+                ("rewritten_messages", 1, f"{m.role}: {m.content[:40]!r}")
+                for m in messages
+                if m.content.strip() not in text
+            ]
+        return notes
+
+    def _note(self, name: str, number: int, example: str) -> None:
+        if number:
+            self.counts[name] += number
+            shown = self.examples.setdefault(name, [])
+            shown += [example][: _NUM_EXAMPLES - len(shown)]
 
     def _complete_prompt(
-        self, ids: np.ndarray, counts: Counter[str], where: str
+        self, ids: np.ndarray, notes: list[_Note], where: str
     ) -> np.ndarray:
         """Puts the prefix first, once, or a stand-in where there would be no token."""
         if tuple(ids[: len(self._prefix)].tolist()) != self._prefix:
@@ -472,10 +580,10 @@ class TextEncoder:
                     "could not be predicted. Give the prompt a text, or set one.",
                 )
             ids = np.array([stand_in], np.int32)
-            counts["stand_in_bos"] += 1
+            notes.append(("stand_in_bos", 1, f"id {stand_in}"))
         if self._bos_id not in (None, *self.end_ids):
             extra = int((ids == self._bos_id).sum()) - 1
-            counts["extra_bos_in_prompt"] += max(extra, 0)
+            notes.append(("extra_bos_in_prompt", max(extra, 0), f"{extra + 1} in all"))
         return ids
 
     def _check_response(self, ids: np.ndarray, k: int, where: str) -> None:
@@ -508,23 +616,23 @@ def _common_prefix(
     return cut
 
 
-def _num_dropped(text: str, offsets: np.ndarray, *, begin: int) -> int:
-    """Number of characters from `begin` on, blanks left out, that no token covers."""
-    depth = np.zeros(len(text) + 1, np.int64)
-    np.add.at(depth, offsets[:, 0], 1)
-    np.add.at(depth, offsets[:, 1], -1)
-    bare = np.flatnonzero(np.cumsum(depth)[begin:-1] == 0) + begin
-    return sum(not text[index].isspace() for index in bare)
+def _dropped(text: str, offsets: np.ndarray, *, begin: int) -> str:
+    """The characters from `begin` on, blanks left out, that no token covers."""
+    size = len(text) + 1
+    opened, closed = (np.bincount(side, minlength=size) for side in offsets.T)
+    bare = np.flatnonzero(np.cumsum(opened - closed)[begin:-1] == 0) + begin
+    return "".join(text[index] for index in bare if not text[index].isspace())
 
 
 def _trained_tokens(
-    offsets: np.ndarray, spans: Sequence[tuple[int, int]]
+    offsets: np.ndarray, spans: Sequence[Span], boundary: int
 ) -> tuple[np.ndarray, list[int], list[tuple[int, int, int]]]:
     """Which tokens after the cut overlap a span of the assistant's text.
 
     Args:
       offsets: i64[n, 2]. First character of each token, and one past its last.
       spans: first character of each of the assistant's texts, and one past its last.
+      boundary: the character where the response begins, at or before the first span.
 
     Returns:
       mask, bool[n]; the index of the last token of each span; and (start, stop, begin)
@@ -533,13 +641,32 @@ def _trained_tokens(
     starts, stops = offsets.T
     mask, ends, straddling = np.zeros(len(offsets), bool), [], []
     for index, (begin, end) in enumerate(spans):
-        # After the cut all tokens open the first span, whatever text they cover; and
-        # no text follows the last.
-        inside = np.full(len(offsets), True) if index == 0 else stops > begin
-        if index < len(spans) - 1:
+        inside = stops > begin
+        if index == 0:
+            # Tokens that begin before the boundary open the response, whatever text
+            # they cover.
+            inside |= (starts < boundary) | (begin == boundary)
+        if index < len(spans) - 1:  # no text follows the last
             inside &= starts < end
         mask |= inside
         ends += np.flatnonzero(inside)[-1:].tolist()
         for token in np.flatnonzero(inside & (starts < begin)):
             straddling.append((int(starts[token]), int(stops[token]), begin))
     return mask, ends, straddling
+
+
+def _ids_and_offsets(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    return np.array(encoding.ids, np.int32), offsets
+
+
+def _attempt(function: Callable, *arguments):
+    """The result of a function, or the `RecordError` that it raises."""
+    try:
+        return function(*arguments)
+    except RecordError as error:
+        return error
+
+
+def _digest(text: str | None) -> str:
+    return "none" if text is None else hashlib.sha256(text.encode()).hexdigest()

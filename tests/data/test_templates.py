@@ -19,7 +19,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from pref_jax.data.records import Message, Record, RecordError, read_jsonl
+from pref_jax.data.readers import read
+from pref_jax.data.records import Message, Record, RecordError
 from pref_jax.data.templates import TextEncoder, check_vocabulary, load_tokenizer
 
 WORDS = "hello world, the  world\nsays: hello there! an answer to the question is 42"
@@ -195,17 +196,18 @@ def test_a_straddling_token_opens_the_response_and_is_counted_and_shown():
     assert all(mask.all() for mask in group.loss_masks)
     assert encoder.counts["straddling_tokens"] == 2
     assert encoder.counts["records_with_straddling"] == 1
-    assert encoder.examples == [
+    assert encoder.examples["straddling_tokens"] == [
         "x.jsonl:8: ' world' in 'hello ' | 'world'",
         "x.jsonl:8: ' ' in 'hello ' | '!'",
     ]
     for _ in range(3):
         encoder.encode(record)
-    assert len(encoder.examples) == 3 and encoder.counts["records"] == 4
+    assert len(encoder.examples["straddling_tokens"]) == 3
+    assert encoder.counts["records"] == 4
     encoder.encode(strings("hello", " world"))
     assert encoder.counts["records_with_straddling"] == 4
     assert "straddling_tokens: 8" in encoder.summary()
-    assert "straddling token, x.jsonl:8: ' world' in" in encoder.summary()
+    assert "\n    x.jsonl:8: ' world' in" in encoder.summary()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -584,7 +586,7 @@ def test_a_saved_tokenizer_loads_and_a_missing_one_says_so(tmp_path):
 def test_real_pairs_and_tokenizers_keep_the_ids_of_the_whole_text(folder, prefix, end):
     tokenizer = load_tokenizer(SHARED / folder)
     encoder = TextEncoder(tokenizer)
-    records = read_jsonl(SHARED / "gsm8k_pref" / "smoke.jsonl.gz")
+    records = read(SHARED / "gsm8k_pref" / "smoke.jsonl.gz")
     for record in records:
         group = encoder.encode(record)
         for response, ids in zip(record.responses, group.responses, strict=True):
