@@ -160,15 +160,16 @@ def test_step_0_on_a_mesh_has_a_loss_of_log_2():
     np.testing.assert_allclose(jax.device_get(losses), expected, atol=1e-6)
 
 
-def test_step_0_from_stored_logps_has_a_loss_of_log_2():
-    """The logps were made from rows of another length, order and batch size."""
+def test_step_0_from_stored_logps_has_a_loss_of_log_2(tmp_path):
+    """The logps were made from rows of another length and batch size."""
     params = fixtures.random_params(0)
-
-    def score(batch):
-        return fixtures.scorer()(params, batch).logp
-
-    parts = sources.evaluation_batches(groups()[::-1], groups_per_step=4, row_length=52)
-    stored = anchor_cache.with_anchor_logps(groups(), parts, score)
+    stored = anchor_cache.with_anchor_logps(
+        groups(),
+        folder=tmp_path,
+        batches=sources.evaluation_batches(groups(), groups_per_step=4, row_length=52),
+        score=lambda number, batch: fixtures.scorer()(params, batch).logp,
+        key={},
+    )
     cached = fixtures.pack_all(stored, 40, rows_multiple=8, spare_groups=1)
     (loss, metrics), (of_policy, _) = compiled(DPO)(params, (), cached)
     assert float(loss) == pytest.approx(math.log(2), abs=1e-5)

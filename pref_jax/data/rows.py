@@ -50,6 +50,48 @@ class RowShape:
     num_targets: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """What has to be known of groups before they are put into rows; N groups.
+
+    Attributes:
+      num_tokens: i64[N]. Positions that the group takes in a row.
+      num_predict: i64[N]. Trained targets, over all responses.
+      longest_text: i64[N]. Tokens of the prompt with its longest response.
+      longest_response: i64[N]. Targets of the longest response.
+      num_responses: i64[N]. K, the same for all groups of a run.
+    """
+
+    num_tokens: np.ndarray
+    num_predict: np.ndarray
+    longest_text: np.ndarray
+    longest_response: np.ndarray
+    num_responses: np.ndarray
+
+    def take(self, indices: Sequence[int]) -> Lengths:
+        """Those of some of the groups."""
+        fields = dataclasses.asdict(self)
+        return Lengths(**{name: value[indices] for name, value in fields.items()})
+
+
+def measure(groups: Iterable[TokenGroup]) -> Lengths:
+    """The lengths of groups; what has `lengths` already is not read for them."""
+    known = getattr(groups, "lengths", None)
+    if known is not None:
+        return known
+    rows = [
+        (
+            group.num_tokens,
+            sum(int(mask.sum()) for mask in group.loss_masks),
+            len(group.prompt) + max(len(r) for r in group.responses),
+            max(len(r) for r in group.responses),
+            len(group.responses),
+        )
+        for group in groups
+    ]
+    return Lengths(*np.array(rows, np.int64).reshape(len(rows), 5).T)
+
+
 def fit_group(
     group: TokenGroup,
     row_length: int,
@@ -276,6 +318,23 @@ def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
     return ResponseBatch(
         **row, **slot, predict=predict, step_ids=step_ids, record=record, extras=extras
     )
+
+
+def slots(num_tokens: Sequence[int], shape: RowShape) -> list[int]:
+    """Where `pack` puts each group of a batch: its index along B.
+
+    Args:
+      num_tokens: positions that each group takes, in the order of the groups.
+      shape: of the batch.
+
+    >>> slots([6, 5, 4], RowShape(2, 10, 3, 8, 2, 4))
+    [0, 3, 1]
+    """
+    found = [0] * len(num_tokens)
+    for g, members in enumerate(first_fit(num_tokens, shape.row_length)):
+        for e, index in enumerate(members):
+            found[index] = g * shape.groups_per_row + e
+    return found
 
 
 _ROW_FIELDS = ("tokens", "position", "end", "targets")

@@ -70,7 +70,7 @@ def fit_groups(
     *,
     policy: str,
     max_positions: int | None = None,
-) -> tuple[list[TokenGroup], dict[str, int]]:
+) -> tuple[Sequence[TokenGroup], dict[str, int]]:
     """Apply `rows.fit_group` to all groups and count what it did.
 
     Args:
@@ -85,7 +85,21 @@ def fit_groups(
     Raises:
       ValueError: none fits.
     """
-    fitted, counts = [], collections.Counter(groups=len(groups), dropped=0, cut=0)
+    if isinstance(groups, Mixture):
+        options = {"policy": policy, "max_positions": max_positions}
+        fitted = [fit_groups(part, row_length, **options) for part in groups.parts]
+        counts = collections.Counter()
+        for _, of_part in fitted:
+            counts.update(of_part)
+        return Mixture([part for part, _ in fitted], groups.weights), dict(counts)
+    counts = collections.Counter(groups=len(groups), dropped=0, cut=0)
+    lengths = rows.measure(groups)
+    fits = (lengths.num_tokens <= row_length) & (
+        lengths.longest_text <= (max_positions or np.inf)
+    )
+    if len(groups) and fits.all():
+        return groups, dict(counts)  # as they are: a cache is not read for it
+    fitted = []
     for group in groups:
         result = rows.fit_group(group, row_length, policy, max_positions=max_positions)
         if result is None:
@@ -106,7 +120,7 @@ def fit_groups(
 
 def longest_group(groups: Sequence[TokenGroup], *, multiple: int = 32) -> int:
     """A row length that every group fits: the longest, rounded up to a multiple."""
-    longest = max(group.num_tokens for group in groups)
+    longest = int(rows.measure(groups).num_tokens.max())
     return -(-longest // multiple) * multiple
 
 
@@ -122,7 +136,8 @@ def training_batches(
     """Batches of exactly `groups_per_step` groups, without end of epoch.
 
     The groups of all epochs stand in one stream, each epoch in a permutation of its own
-    drawn from (seed, epoch); batch b is a slice of the stream. Nothing is left over.
+    drawn from (seed, epoch); batch b is a slice of the stream. Nothing is left over. Of
+    a `Mixture` each part has a stream of its own.
 
     Args:
       groups: each fits a row.
@@ -140,18 +155,136 @@ def training_batches(
             f"a step takes {groups_per_step} groups and there are {len(groups)}; use a "
             f"smaller batch or more data."
         )
-    total = len(groups)
+    parts = getattr(groups, "parts", (groups,))
+    weights = getattr(groups, "weights", (1.0,))
+    first = np.cumsum([0, *map(len, parts)])
+    # Batch b takes of part p what stands in its stream from taken[b, p] on.
+    taken = _shares(weights, groups_per_step, num_steps)
 
-    @functools.lru_cache(maxsize=2)
-    def permutation(epoch):
-        return np.random.default_rng([seed, epoch]).permutation(total)
+    @functools.lru_cache(maxsize=2 * len(parts))
+    def permutation(part, epoch):
+        # The order of one part alone is that of the data without a mixture.
+        key = [seed, epoch, part] if part else [seed, epoch]
+        return np.random.default_rng(key).permutation(len(parts[part]))
 
     def indices(number):
-        stream = range(number * groups_per_step, (number + 1) * groups_per_step)
-        return [int(permutation(i // total)[i % total]) for i in stream]
+        found = []
+        for part, size in enumerate(map(len, parts)):
+            stream = range(taken[number, part], taken[number + 1, part])
+            order = (int(permutation(part, i // size)[i % size]) for i in stream)
+            found += [int(first[part]) + i for i in order]
+        return found
 
     shape = _shape(groups, map(indices, range(num_steps)), row_length, rows_multiple)
     return Batches(groups, indices, num_steps, shape)
+
+
+def _shares(weights: Sequence[float], groups_per_step: int, num_steps: int):
+    """i64[num_steps + 1, parts]: groups of each part in the batches before each batch.
+
+    Every batch has its whole number of groups, and after every batch each part has had
+    its share of all groups so far, to within one.
+    """
+    share = np.array(weights, np.float64) / np.sum(weights)
+    taken = np.zeros((num_steps + 1, len(share)), np.int64)
+    for b in range(num_steps):
+        wanted = share * groups_per_step * (b + 1) - taken[b]
+        counts = np.floor(np.maximum(wanted, 0.0)).astype(np.int64)
+        # Rounding up comes first to whom most is owed.
+        owed = np.argsort(counts - wanted, kind="stable")
+        counts[owed[: groups_per_step - counts.sum()]] += 1
+        taken[b + 1] = taken[b] + counts
+    return taken
+
+
+class Mixture(Sequence[TokenGroup]):
+    """Several data sets as one, of which a run sees stated shares.
+
+    As a sequence it holds the groups of all parts, one part after the other.
+    `training_batches` takes of each part its share of every batch; a small part with a
+    large weight is seen more often.
+
+    Attributes:
+      parts: the data sets; all groups have the same number of responses.
+      weights: share of each part in the groups of a run, up to a common factor.
+      lengths: of all groups.
+
+    Raises:
+      ValueError: there is no part, a part is empty, a weight is not positive, or the
+        parts differ in K.
+
+    >>> _shares((3.0, 1.0), 2, 4).tolist()
+    [[0, 0], [2, 0], [3, 1], [5, 1], [6, 2]]
+    """
+
+    def __init__(self, parts: Sequence[Sequence[TokenGroup]], weights: Sequence[float]):
+        self.parts, self.weights = tuple(parts), tuple(map(float, weights))
+        if len(self.parts) != len(self.weights) or not self.parts:
+            raise ValueError(
+                f"a mixture needs a weight for each part; got {len(self.parts)} parts "
+                f"and {len(self.weights)} weights."
+            )
+        if not all(0 < weight < np.inf for weight in self.weights):
+            raise ValueError(f"`weights` must be positive; got {self.weights}.")
+        sizes = list(map(len, self.parts))
+        if 0 in sizes:
+            raise ValueError(f"part {sizes.index(0)} of the mixture has no groups.")
+        measured = [rows.measure(part) for part in self.parts]
+        num_responses = [int(lengths.num_responses[0]) for lengths in measured]
+        if len(set(num_responses)) > 1:
+            raise ValueError(
+                f"the parts of a mixture have {num_responses} responses a group; all "
+                f"need the same number."
+            )
+        self.lengths = rows.Lengths(
+            **{
+                field.name: np.concatenate([getattr(m, field.name) for m in measured])
+                for field in dataclasses.fields(rows.Lengths)
+            }
+        )
+        self._first = np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        index %= len(self)
+        part = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self.parts[part][index - int(self._first[part])]
+
+
+def mapped(
+    function: Callable[[TokenGroup], TokenGroup], groups: Sequence[TokenGroup]
+) -> Sequence[TokenGroup]:
+    """The groups with a function applied to each when it is asked for.
+
+    A `Mixture` stays one.
+    """
+    if isinstance(groups, Mixture):
+        parts = [mapped(function, part) for part in groups.parts]
+        return Mixture(parts, groups.weights)
+    return _Mapped(function, groups)
+
+
+class _Mapped(Sequence):
+    def __init__(self, function, groups):
+        self._function, self._groups = function, groups
+
+    def __len__(self):
+        return len(self._groups)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._function(group) for group in self._groups[index]]
+        return self._function(self._groups[index])
+
+    @functools.cached_property
+    def lengths(self):
+        return rows.measure(self[i] for i in range(len(self)))
 
 
 def evaluation_batches(
@@ -175,12 +308,13 @@ def evaluation_batches(
 
 
 def _shape(groups, batches, row_length, rows_multiple) -> rows.RowShape:
+    lengths = rows.measure(groups)
     return rows.plan_shape(
         batches,
-        num_tokens=[group.num_tokens for group in groups],
-        num_predict=[sum(int(m.sum()) for m in g.loss_masks) for g in groups],
-        num_targets=max(len(r) for group in groups for r in group.responses),
-        num_responses=len(groups[0].responses),
+        num_tokens=lengths.num_tokens.tolist(),
+        num_predict=lengths.num_predict.tolist(),
+        num_targets=int(lengths.longest_response.max()),
+        num_responses=int(lengths.num_responses[0]),
         row_length=row_length,
         rows_multiple=rows_multiple,
     )

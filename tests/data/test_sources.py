@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fixtures
-from pref_jax.data import sources
+from pref_jax.data import rows, sources
 from pref_jax.types import TokenGroup
 
 
@@ -267,3 +267,90 @@ def test_an_error_while_a_batch_is_made_reaches_the_caller():
     with pytest.raises(ValueError, match="record 0 has an empty prompt"):
         for _ in range(6):
             source(None)
+
+
+# --- mixtures -------------------------------------------------------------------------
+
+
+def mixture(sizes=(40, 5, 11), weights=(2.0, 1.0, 1.0)):
+    parts, number = [], 0
+    for size in sizes:
+        drawn = fixtures.random_groups(number, size, 2)
+        parts.append(
+            [dataclasses.replace(g, record=number + i) for i, g in enumerate(drawn)]
+        )
+        number += size
+    return sources.Mixture(parts, weights)
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5),
+    groups_per_step=st.integers(1, 9),
+)
+def test_every_part_has_its_share_after_every_batch(weights, groups_per_step):
+    taken = sources._shares(weights, groups_per_step, 40)
+    share = np.array(weights) / sum(weights)
+    for b in range(41):
+        assert taken[b].sum() == b * groups_per_step
+        assert (abs(taken[b] - share * b * groups_per_step) <= len(weights)).all()
+    assert (np.diff(taken, axis=0) >= 0).all()
+
+
+def test_a_mixture_takes_its_shares_and_each_part_goes_through_its_epochs():
+    mixed = mixture()
+    run = sources.training_batches(
+        mixed, groups_per_step=4, num_steps=30, row_length=64, seed=0
+    )
+    seen = [i for b in range(30) for i in run.indices(b)]
+    of_part = [[i for i in seen if low <= i < high] for low, high in PART_RANGES]
+    assert [len(part) for part in of_part] == [60, 30, 30]
+    for part, (low, high) in zip(of_part, PART_RANGES, strict=True):
+        for first in range(0, len(part) - (high - low) + 1, high - low):
+            epoch = part[first : first + high - low]
+            assert sorted(epoch) == list(range(low, high))
+    records = sorted(r for b in range(2) for r in run[b].record.tolist() if r >= 0)
+    assert records == sorted(mixed[i].record for i in seen[:8])
+
+
+PART_RANGES = ((0, 40), (40, 45), (45, 56))
+
+
+def test_a_mixture_of_one_part_is_that_part():
+    plain = fixtures.random_groups(0, 10, 2)
+    options = {"groups_per_step": 3, "num_steps": 9, "row_length": 64, "seed": 5}
+    alone = sources.training_batches(plain, **options)
+    mixed = sources.training_batches(sources.Mixture([plain], [7.0]), **options)
+    for number in range(9):
+        assert alone.indices(number) == mixed.indices(number)
+
+
+def test_a_mixture_reads_as_its_parts_one_after_the_other():
+    mixed = mixture()
+    assert [g.record for g in mixed] == list(range(56))
+    assert [mixed[i].record for i in (-1, 39, 40, 44, 45)] == [55, 39, 40, 44, 45]
+    assert [g.record for g in mixed[38:42]] == [38, 39, 40, 41]
+    with pytest.raises(IndexError, match="group 56 of 56"):
+        mixed[56]
+    expected = [g.num_tokens for part in mixed.parts for g in part]
+    assert rows.measure(mixed).num_tokens.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "message"),
+    [
+        ((3, 4), (1.0,), "got 2 parts and 1 weights"),
+        ((), (), "got 0 parts"),
+        ((3, 0), (1.0, 1.0), "part 1 of the mixture has no groups"),
+        ((3, 4), (1.0, 0.0), "`weights` must be positive"),
+        ((3, 4), (1.0, float("nan")), "`weights` must be positive"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_an_error(sizes, weights, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(sizes, weights)
+
+
+def test_parts_of_a_mixture_have_the_same_number_of_responses():
+    parts = [fixtures.random_groups(0, 3, 2), fixtures.random_groups(0, 3, 1)]
+    with pytest.raises(ValueError, match=r"have \[2, 1\] responses a group"):
+        sources.Mixture(parts, (1.0, 1.0))
