@@ -172,11 +172,38 @@ def benchmarks(records) -> str:
     return markdown(columns, rows)
 
 
+def data_sets(records) -> str:
+    """Rows in, rows used, rows left out with the reason, of each surveyed source."""
+    survey = records.get("data_sets")
+    if survey is None:
+        return "not run\n"
+    rows = []
+    for found in survey["sources"]:
+        reasons = [f"{what}: {n}" for what, n in found["left_out"].items()]
+        rows.append(
+            [
+                found["source"],
+                found["responses"],
+                found["rows"],
+                found["used"],
+                ", ".join(reasons) or "-",
+                found["duplicates"],
+                f"{100 * found['fill']:.0f} %",
+            ]
+        )
+    columns = [
+        *("source", "responses", "rows", "used", "left out", "repeated rows"),
+        f"rows of {survey['row_length']} filled",
+    ]
+    return markdown(columns, rows)
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-differences": quickstart_differences,
     "quickstart-models": quickstart_models,
     "quickstart-setting": quickstart_setting,
     "benchmarks": benchmarks,
+    "data-sets": data_sets,
 }
 
 

@@ -84,3 +84,16 @@ def test_an_unknown_table_is_named(tables):
     page = "<!-- table: nonsense -->\n<!-- end of table -->"
     with pytest.raises(ValueError, match="page.md: table 'nonsense'"):
         tables.rewrite(page, {}, "page.md")
+
+
+def test_the_table_of_data_sets_accounts_for_every_row(tables):
+    source = {
+        **{"source": "pairs/train", "responses": 2, "rows": 10, "used": 7},
+        **{"left_out": {"longer than a row": 3}, "duplicates": 1, "fill": 0.914},
+    }
+    survey = {"row_length": 512, "sources": [source, source | {"left_out": {}}]}
+    lines = tables.data_sets({"data_sets": survey}).splitlines()
+    assert lines[0].endswith("| repeated rows | rows of 512 filled |")
+    assert lines[2] == "| pairs/train | 2 | 10 | 7 | longer than a row: 3 | 1 | 91 % |"
+    assert lines[3] == "| pairs/train | 2 | 10 | 7 | - | 1 | 91 % |"
+    assert tables.data_sets({}) == "not run\n"
