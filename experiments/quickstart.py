@@ -40,11 +40,12 @@ from experiments.worlds.pipeline import (
     Pipeline,
     measure_preferences,
     measure_responses,
-    only_response,
+    only_responses,
     sample_pairs,
     store_anchor,
 )
 from pref_jax import anchors, report, rewards
+from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
@@ -87,14 +88,18 @@ class Config:
     name: str | None = None  # of the run; None: continue an unfinished run, or a number
     root: str = "runs/quickstart"  # folder of the runs
     seed: int = 0  # of parameters, data and sampling
-    data: str | None = None  # your own .jsonl or .jsonl.gz: pairs or demonstrations
-    heldout: str | None = None  # evaluation file; None: a tenth of `data`, by prompt
+    data: tuple[str, ...] = ()  # your own pairs or demonstrations: files, folders, ...
+    weights: tuple[float, ...] = ()  # share of each of `data`; none: by its size
+    rename: tuple[str, ...] = ()  # fields of `data`, such as correct=labels
+    split: str | None = None  # of `data`, if it is a tfds data set
+    heldout: str | None = None  # to evaluate on; None: a tenth of `data`, by prompt
     tokenizer: str | None = None  # folder of its tokenizer; None: that of `model`
     model: str | None = None  # folder of a Llama checkpoint; None: a fresh decoder
     grade: str | None = None  # module:function of (prompt, response) -> true reward
     on_error: str = "raise"  # bad rows of `data`: raise or skip
     row_length: int | None = None  # L, positions; None: the longest group, at least 128
     long_groups: str = "drop"  # longer than a row: drop, keep_start or keep_end
+    cache: str = "runs/token_cache"  # folder of what was tokenised of `data`
     world: instructions.World = instructions.World()
     decoder: DecoderSizes = DecoderSizes()
     num_documents: int = 36_000  # to pre-train on; ours
@@ -107,12 +112,25 @@ class Config:
     max_new_tokens: int = 32  # of a sampled response; ours
 
     def __post_init__(self):
-        if self.data is None:
-            for name in ("heldout", "tokenizer", "model", "grade"):
-                if getattr(self, name) is not None:
+        if not self.data:
+            for name in (
+                "weights",
+                "rename",
+                "split",
+                "heldout",
+                "tokenizer",
+                "model",
+                "grade",
+            ):
+                if getattr(self, name):
                     raise ValueError(f"`{name}` belongs to `data`; give --data too.")
         elif self.tokenizer is None and self.model is None:
             raise ValueError("`data` needs a tokenizer; give --tokenizer or --model.")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"`weights` needs a number for each of {len(self.data)} sources of "
+                f"`data`; got {self.weights}."
+            )
         if self.pair_samples < 2 or self.pair_samples % 2:
             raise ValueError(
                 f"`pair_samples` must be even, 2 or more; got {self.pair_samples}."
@@ -207,7 +225,7 @@ def make_method(config: Config) -> Method:
 
 def make_task(config: Config) -> tasks.Task:
     """The embedded world, or the user's own data."""
-    if config.data is None:
+    if not config.data:
         return tasks.world_task(
             config.world,
             seed=config.seed,
@@ -218,12 +236,18 @@ def make_task(config: Config) -> tasks.Task:
         )
     return tasks.own_task(
         config.data,
+        weights=config.weights,
+        rename=parse_rename(config.rename),
+        split=config.split,
         heldout=config.heldout,
         tokenizer=config.tokenizer,
         model=config.model,
         grade=config.grade,
         on_error=config.on_error,
         num_eval_prompts=config.num_eval_prompts,
+        row_length=config.row_length,
+        long_groups=config.long_groups,
+        cache=config.cache,
     )
 
 
@@ -290,9 +314,12 @@ def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
             (task.pair_prompts[1], _HELDOUT_USE, "heldout_pairs.jsonl"),
         )
     )
-    pairs = tuple(store_anchor(pipeline, reference, part, config.dpo) for part in pairs)
+    pairs = tuple(
+        store_anchor(pipeline, name, reference, part, config.dpo)
+        for name, part in zip(("train", "heldout"), pairs, strict=True)
+    )
     train("DPO", dpo_method, reference, pairs, config.dpo, "pairs")
-    chosen = tuple([only_response(CHOSEN, group) for group in part] for part in pairs)
+    chosen = tuple(only_responses(CHOSEN, part) for part in pairs)
     control = dataclasses.replace(config.dpo, optimizer=config.control_optimizer)
     train("control", sft_method, reference, chosen, control, "demonstrations")
 
@@ -405,7 +432,7 @@ def make_report(
     ]
     return report.Report(
         title="SFT, then DPO",
-        subtitle="the embedded world" if config.data is None else "your data",
+        subtitle="your data" if config.data else "the embedded world",
         summary=(
             f"{len(eval_prompts)} held-out prompts, {config.eval_samples} "
             f"responses each at temperature 1; intervals are 95 % bootstrap intervals "
@@ -453,7 +480,7 @@ def run_config(config: Config) -> pathlib.Path:
         PreemptionGuard() as guard,
     ):
         _logger.info("run folder: %s", folder)
-        first = "base, " if config.data is None else ""
+        first = "" if config.data else "base, "
         last = "DPO, control, evaluation"
         _logger.info("stages: %sSFT, pairs, %s", first, last)
         as_shipped = dataclasses.replace(

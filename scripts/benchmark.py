@@ -13,6 +13,9 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
     dpo_long      the same with 768-token prompts and two 128-token responses
     attention     attention of one layer with gradient: in blocks against dense, on rows
                   of several groups
+    tokenise      text of pairs to ids: many records at once against one by one
+    input         a batch out of the token cache, on one thread, against the DPO step
+                  that takes it, of a model of 19 million parameters
     sampler       tokens per second of the sampler, K samples of a prompt kept once,
                   against the prompt repeated K times
 """
@@ -23,8 +26,10 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -35,7 +40,8 @@ import optax
 import tyro
 
 from pref_jax import anchors, rewards
-from pref_jax.data import records, rows, sources, templates
+from pref_jax.data import readers, rows, sources, templates, token_cache
+from pref_jax.data.records import Records, from_objects
 from pref_jax.logps import token_stats
 from pref_jax.losses.pairwise import dpo_loss, logistic_loss
 from pref_jax.method import Method, on_rewards
@@ -54,13 +60,7 @@ _logger = logging.getLogger("pref_jax.benchmark")
 class Config:
     """What to measure, and on which shapes."""
 
-    cases: tuple[str, ...] = (
-        "scoring",
-        "attention",
-        "dpo_pairs",
-        "dpo_long",
-        "sampler",
-    )
+    cases: tuple[str, ...] = ()  # names as above; none: all
     calls: int = 20  # timed calls of each variant, in turn
     vocab_size: int = 8192  # V
     width: int = 128  # D
@@ -92,10 +92,11 @@ class Variant:
 
     Attributes:
       name: of the way.
-      function: to be compiled.
+      function: to be compiled, unless it runs on the host.
       arguments: one tuple a call, used in turn.
       count: what one call of each argument tuple achieves, such as its tokens.
       shape: what to print of its arrays.
+      host: it makes no device arrays and is called as it is.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Variant:
     arguments: list[tuple]
     count: list[dict[str, int]]
     shape: str
+    host: bool = False
 
 
 def measure(name: str, variants: list[Variant], config: Config) -> dict:
@@ -110,10 +112,10 @@ def measure(name: str, variants: list[Variant], config: Config) -> dict:
     results, compiled = {}, {}
     for variant in variants:
         began = time.perf_counter()
-        compiled[variant.name] = (
-            jax.jit(variant.function).lower(*variant.arguments[0]).compile()
-        )
-        memory = compiled[variant.name].memory_analysis()
+        compiled[variant.name], memory = variant.function, None
+        if not variant.host:
+            program = jax.jit(variant.function).lower(*variant.arguments[0]).compile()
+            compiled[variant.name], memory = program, program.memory_analysis()
         results[variant.name] = {
             "shape": variant.shape,
             "compile_seconds": round(time.perf_counter() - began, 3),
@@ -258,7 +260,7 @@ def _pair_lengths(config: Config) -> list[tuple[int, tuple[int, int]]]:
     num = config.groups_per_step * config.num_batches
     if config.pairs is not None:
         encoder = templates.TextEncoder(templates.load_tokenizer(config.tokenizer))
-        found = records.read_jsonl(config.pairs)
+        found = readers.read(config.pairs)
         picked = np.random.default_rng(config.seed).permutation(len(found))[:num]
         groups = [encoder.encode(found[int(i)]) for i in picked]
         return [(len(g.prompt), tuple(map(len, g.responses))) for g in groups]
@@ -305,14 +307,8 @@ def _dpo_variants(config: Config, lengths) -> list[Variant]:
         groups_per_step=config.groups_per_step,
         row_length=sources.longest_group(groups),
     )
-    method = Method(
-        name="DPO",
-        anchor=anchors.fixed(),
-        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
-        loss=on_rewards(logistic_loss),
-    )
     state = init_state(params, optimizer, rng=jax.random.key(0))
-    step = make_train_step(method, model, optimizer)
+    step = make_train_step(_dpo_method(config), model, optimizer)
     packed = [batches[i] for i in range(len(batches))]
     counts = [
         {
@@ -397,6 +393,115 @@ def _padded_logps(model, params, batch):
     return stats["logp"].reshape(2, -1, batch["predict"].shape[1])
 
 
+def _text_pairs(config: Config) -> tuple[Records, templates.TextEncoder]:
+    """Pairs and the encoder of their tokenizer: of `--pairs`, or of a small world."""
+    if config.pairs is not None:
+        tokenizer = templates.load_tokenizer(config.tokenizer)
+        return readers.read(config.pairs), templates.TextEncoder(tokenizer)
+    sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+    from experiments.worlds import instructions
+
+    world = instructions.World()
+    drawn = instructions.demonstrations(world, 1000, config.seed)
+    found = [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["response"] * 8,
+            "rejected": other["response"] * 8,
+        }
+        for row, other in zip(drawn[::2], drawn[1::2], strict=True)
+    ]
+    encoder = templates.TextEncoder(instructions.train_tokenizer(world))
+    return from_objects(found), encoder
+
+
+def tokenise(config: Config) -> list[Variant]:
+    """Records to groups of ids, on one core."""
+    # The rate is one of a core: by itself the tokenizer takes a thread a core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    found, encoder = _text_pairs(config)
+    part = found[:500]
+    characters = sum(len(r.prompt) + sum(map(len, r.responses)) for r in part)
+    shape = f"{len(part)} pairs of {characters / len(part):.0f} characters"
+    count = [{"pairs": len(part)}]
+
+    def many():
+        return len(encoder.encode_all(part))
+
+    def one_by_one():
+        return len([encoder.encode(record) for record in part])
+
+    return [
+        Variant("many at once", many, [()], count, shape, host=True),
+        Variant("one by one", one_by_one, [()], count, shape, host=True),
+    ]
+
+
+def input_pipeline(config: Config) -> list[Variant]:
+    """The next batch of a run, and the train step that takes it."""
+    found, encoder = _text_pairs(config)
+    folder = tempfile.TemporaryDirectory()  # as long as `make_batch` lives
+    cached = token_cache.tokenised(found, encoder, folder.name, policy="drop")
+    sizes = DecoderConfig(
+        vocab_size=32_000,
+        width=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=32,
+        mlp_width=704,
+        tied=False,
+        dtype=config.dtype,
+    )
+    size = sizes.vocab_size
+
+    def with_logps(group):
+        """Stored logps as of a uniform anchor, and ids that the model has."""
+        logps = tuple(np.full(len(r), -np.log(size), "f4") for r in group.responses)
+        return dataclasses.replace(
+            group,
+            prompt=group.prompt % size,
+            responses=tuple(response % size for response in group.responses),
+            extras={"anchor_logps": logps},
+        )
+
+    batches = sources.training_batches(
+        sources.mapped(with_logps, cached),
+        groups_per_step=config.groups_per_step,
+        num_steps=config.num_batches,
+        row_length=max(128, sources.longest_group(cached)),
+        seed=config.seed,
+    )
+
+    def make_batch(number, folder=folder):
+        del folder
+        return batches[number]
+
+    model = make_decoder(sizes)
+    optimizer = optax.sgd(1e-4)
+    params = jax.jit(model.init)(jax.random.key(config.seed))
+    step = make_train_step(_dpo_method(config), model, optimizer)
+    state = init_state(params, optimizer, rng=jax.random.key(0))
+    numbers = range(len(batches))
+    shape = f"[{batches.shape.num_rows}, {batches.shape.row_length}]"
+    count = [{"pairs": config.groups_per_step}] * len(batches)
+    on_device = [(state, jax.tree.map(jnp.asarray, batches[n])) for n in numbers]
+    numbered = [(n,) for n in numbers]
+    return [
+        Variant("batch", make_batch, numbered, count, shape, host=True),
+        Variant("step", step, on_device, count, shape),
+    ]
+
+
+def _dpo_method(config: Config) -> Method:
+    return Method(
+        name="DPO",
+        anchor=anchors.fixed(),
+        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
+        loss=on_rewards(logistic_loss),
+    )
+
+
 def sampler(config: Config) -> list[Variant]:
     """K samples of each prompt: the prompt kept once, or repeated."""
     model, params = _model(config)
@@ -438,6 +543,8 @@ CASES = {
     "attention": attention,
     "dpo_pairs": dpo_pairs,
     "dpo_long": dpo_long,
+    "tokenise": tokenise,
+    "input": input_pipeline,
     "sampler": sampler,
 }
 
@@ -446,7 +553,7 @@ def main() -> None:
     """The command line."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     config = tyro.cli(Config, description=__doc__)
-    for name in config.cases:
+    for name in config.cases or CASES:
         line = measure(name, CASES[name](config), config)
         print(json.dumps(line), flush=True)
         if config.write is not None:

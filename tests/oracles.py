@@ -250,3 +250,82 @@ def weighted_mean(values, weights) -> float:
     ]
     total = sum(w for _, w in pairs)
     return sum(w * x for x, w in pairs) / total if total else 0.0
+
+
+# --- evaluations of preferences -------------------------------------------------------
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), on the side that does not overflow."""
+    return math.exp(log_sigmoid(x))
+
+
+def brier_score(margins, labels) -> list[float]:
+    """(sigmoid(m) - y)^2 of each pair (Brier, 1950)."""
+    return [(sigmoid(m) - float(y)) ** 2 for m, y in zip(margins, labels, strict=True)]
+
+
+def log_loss(margins, labels) -> list[float]:
+    """-y log sigmoid(m) - (1 - y) log sigmoid(-m) of each pair."""
+    return [
+        -float(y) * log_sigmoid(m) - (1.0 - float(y)) * log_sigmoid(-m)
+        for m, y in zip(margins, labels, strict=True)
+    ]
+
+
+def calibration(margins, labels, num_bins: int) -> list[tuple[float, float, int]]:
+    """(predicted, observed, count) of each bin, for margins that all differ in size.
+
+    The side with the higher probability is the prediction, as in Guo et al.,
+    arXiv:1706.04599; with N pairs sorted by it, pair i falls into bin i * B // N.
+    """
+    pairs = []
+    for m, y in zip(margins, labels, strict=True):
+        first = sigmoid(m)
+        side = (first, float(y)) if first >= 0.5 else (1.0 - first, 1.0 - float(y))
+        pairs.append(side)
+    pairs.sort()
+    bins = [[] for _ in range(num_bins)]
+    for i, pair in enumerate(pairs):
+        bins[i * num_bins // len(pairs)].append(pair)
+    return [
+        (sum(p for p, _ in b) / len(b), sum(y for _, y in b) / len(b), len(b))
+        for b in bins
+        if b
+    ]
+
+
+def length_controlled_win_rate(outcomes, differences, penalty: float, std=None):
+    """(win rate, theta, phi) of the regression of Dubois et al., arXiv:2404.04475.
+
+        logit = theta + phi * tanh(d / std(d)),  penalty / 2 * phi^2 on the sum
+
+    By bisection inside bisection: theta balances the outcomes for a given phi, and with
+    that theta the slope of the objective rises with phi. Needs outcomes that are
+    neither all 1 nor all 0, and a std (of N - 1; or given) that is not 0.
+    """
+    n = len(outcomes)
+    if std is None:
+        mean = sum(differences) / n
+        std = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
+    x = [math.tanh(d / std) for d in differences]
+
+    def bisect(rising) -> float:
+        low, high = -100.0, 100.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+        return (low + high) / 2
+
+    def excess(theta, phi, weights) -> float:
+        return sum(
+            w * (sigmoid(theta + phi * x[i]) - float(outcomes[i]))
+            for i, w in enumerate(weights)
+        )
+
+    def best_theta(phi) -> float:
+        return bisect(lambda theta: excess(theta, phi, [1.0] * n))
+
+    phi = bisect(lambda phi: excess(best_theta(phi), phi, x) + penalty * phi)
+    theta = best_theta(phi)
+    return sigmoid(theta), theta, phi

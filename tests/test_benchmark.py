@@ -81,3 +81,22 @@ def test_a_line_says_what_was_measured(tmp_path, monkeypatch, capsys):
 def test_a_config_that_makes_no_sense_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **fields)
+
+
+def test_the_input_case_makes_the_batch_that_its_step_takes(monkeypatch):
+    small = benchmark.DecoderConfig
+    monkeypatch.setattr(
+        benchmark,
+        "DecoderConfig",
+        lambda **sizes: small(**sizes | {"width": 32, "num_layers": 1}),
+    )
+    batch, step = benchmark.input_pipeline(SMALL)
+    for numbered, (_, placed) in zip(batch.arguments, step.arguments, strict=True):
+        made = batch.function(*numbered)
+        jax.tree.map(np.testing.assert_array_equal, made, jax.device_get(placed))
+        assert made.extras["anchor_logps"][made.loss_mask].max() < 0
+
+
+def test_tokenising_many_records_gives_what_one_by_one_gives():
+    many, one_by_one = benchmark.tokenise(SMALL)
+    assert many.function() == one_by_one.function() == many.count[0]["pairs"]

@@ -11,7 +11,13 @@ import pytest
 from experiments import quickstart
 from pref_jax.train.run import parse_config
 
-PAGES = ("README.md", "docs/quickstart.md", "docs/your_data.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    "docs/your_data.md",
+    "docs/evaluation.md",
+    "docs/benchmarks.md",
+)
 
 
 def blocks(text, language):

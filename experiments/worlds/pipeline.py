@@ -7,17 +7,20 @@ this is the meeting that most of them have in common.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from pref_jax.data import anchor_cache, rows, sources
+from pref_jax.data.records import Message
 from pref_jax.data.templates import TextEncoder
 from pref_jax.logps import response_scores, token_kl
 from pref_jax.method import Method, objective
@@ -27,12 +30,24 @@ from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.logging import Progress
 from pref_jax.train.loop import Fitted, Preempted
 from pref_jax.train.stage import StageConfig, train_stage
-from pref_jax.types import Model, PyTree, ResponseBatch, TokenGroup
+from pref_jax.types import Model, PyTree, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
 
 Grade = Callable[[object, str], dict[str, float]]
 """(prompt, response) -> parts of the true reward by name, "reward" among them."""
+
+
+class ToolPrompt(NamedTuple):
+    """The prompt of a chat whose template is told of tools.
+
+    Attributes:
+      messages: of the chat.
+      tools: as in `Record.tools`.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +110,7 @@ class Pipeline:
         if most is None:
             return list(prompts)
         room = most - self.max_new_tokens
-        fitted = [p for p in prompts if len(self.encoder.encode_prompt(p)) <= room]
+        fitted = [p for p in prompts if len(self.encode_prompt(p)) <= room]
         if not fitted:
             raise ValueError(
                 f"none of {len(prompts)} prompts leaves room for {self.max_new_tokens} "
@@ -109,6 +124,12 @@ class Pipeline:
                 f"model's {most} positions"
             )
         return fitted
+
+    def encode_prompt(self, prompt) -> np.ndarray:
+        """The ids that the model continues."""
+        if isinstance(prompt, ToolPrompt):
+            return self.encoder.encode_prompt(prompt.messages, tools=prompt.tools)
+        return self.encoder.encode_prompt(prompt)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -168,33 +189,31 @@ class Pipeline:
         settings = SamplingConfig(
             num_samples=num_samples, max_new_tokens=self.max_new_tokens
         )
-        progress = Progress("sampling", len(prompts))
-
-        def on_batch(num_done):
-            self._check_guard(f"prompt {num_done} of sampling")
-            progress.count(num_done)
-
-        with progress:
+        with self.progress("sampling", len(prompts)) as count:
             return sample_responses(
                 _sampler(self.model, settings, self.encoder.end_ids),
                 params,
-                [self.encoder.encode_prompt(prompt) for prompt in prompts],
+                [self.encode_prompt(prompt) for prompt in prompts],
                 key=jax.random.fold_in(jax.random.key(self.seed), use),
                 batch_size=min(64, len(prompts)),
-                on_batch=on_batch,
+                on_batch=count,
             )
 
-    def tracked(self, name: str, batches: sources.Batches) -> Iterator[ResponseBatch]:
-        """The batches one by one, shown as they are done; ends when asked to stop."""
-        with Progress(name, len(batches)) as progress:
-            for number, batch in enumerate(batches, start=1):
-                yield batch
-                self._check_guard(f"batch {number} of {name}")
-                progress.count(number)
+    @contextlib.contextmanager
+    def progress(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows work without metrics, and ends it when asked to stop.
 
-    def _check_guard(self, where: str) -> None:
-        if self.guard.requested:
-            raise Preempted(f"stopped at {where}, which begins again")
+        Yields:
+          To be called with the number of steps done, after each.
+        """
+        with Progress(name, total) as progress:
+
+            def count(done: int) -> None:
+                progress.count(done)
+                if self.guard.requested:
+                    raise Preempted(f"stopped in {name}, {done} of {total} done")
+
+            yield count
 
 
 # Compiled functions are kept: a run measures several models of one shape.
@@ -212,18 +231,24 @@ def prompt_text(prompt) -> str:
     """A prompt as one string, for files and reports."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, ToolPrompt):
+        prompt = prompt.messages
     return "\n".join(f"{message.role}: {message.content}" for message in prompt)
 
 
-def only_response(slot: int, group: TokenGroup) -> TokenGroup:
-    """A demonstration made of one response of a group."""
-    return dataclasses.replace(
-        group,
-        responses=(group.responses[slot],),
-        loss_masks=(group.loss_masks[slot],),
-        labels=(1.0,),
-        extras={},
-    )
+def only_responses(slot: int, groups: Sequence[TokenGroup]) -> Sequence[TokenGroup]:
+    """Demonstrations, each made of one response of a group."""
+
+    def only(group):
+        return dataclasses.replace(
+            group,
+            responses=(group.responses[slot],),
+            loss_masks=(group.loss_masks[slot],),
+            labels=(1.0,),
+            extras={},
+        )
+
+    return sources.mapped(only, groups)
 
 
 def sample_pairs(
@@ -261,7 +286,7 @@ def sample_pairs(
         samples = pipeline.sample(params, prompts, num_samples=num_samples, use=use)
         lines, counts = [], collections.Counter()
         for i, prompt in enumerate(prompts):
-            prompt_ids = pipeline.encoder.encode_prompt(prompt).tolist()
+            prompt_ids = pipeline.encode_prompt(prompt).tolist()
             for k in range(0, num_samples, 2):
                 pair = slice(k, k + 2)
                 counts["cut off"] += int((~samples.ended[i, pair]).sum())
@@ -307,22 +332,42 @@ def sample_pairs(
 
 
 def store_anchor(
-    pipeline: Pipeline, params, groups, stage: StageConfig
-) -> list[TokenGroup]:
-    """Write a model's token logps into groups; it may then leave memory."""
-    groups, row_length = pipeline.fit(
-        [dataclasses.replace(group, record=i) for i, group in enumerate(groups)]
-    )
-    with jax.set_mesh(pipeline.mesh):
-        score = _compiled(response_scores, pipeline.model)
+    pipeline: Pipeline, name: str, params, groups, stage: StageConfig
+) -> Sequence[TokenGroup]:
+    """Groups with a model's token logps, which may then leave memory.
+
+    Args:
+      pipeline: the run.
+      name: of the groups; the logps lie in `anchor_logps/<name>` of the run folder.
+      params: of the anchor.
+      groups: the ids.
+      stage: whose batch size scoring takes.
+    """
+    if isinstance(groups, sources.Mixture):
+        parts = [
+            store_anchor(pipeline, f"{name}_{i}", params, part, stage)
+            for i, part in enumerate(groups.parts)
+        ]
+        return sources.Mixture(parts, groups.weights)
+    groups, row_length = pipeline.fit(groups)
+    batches = pipeline.batches(groups, row_length, stage)
+    score = _compiled(response_scores, pipeline.model)
+    with (
+        jax.set_mesh(pipeline.mesh),
+        pipeline.progress(f"anchor logps, {name}", len(batches)) as count,
+    ):
+
+        def logps(number, batch):
+            count(number)
+            placed = sharding.place_batch(pipeline.mesh, batch)
+            return np.asarray(score(params, placed).logp)
+
         return anchor_cache.with_anchor_logps(
             groups,
-            pipeline.tracked(
-                "anchor logps", pipeline.batches(groups, row_length, stage)
-            ),
-            lambda batch: (
-                score(params, sharding.place_batch(pipeline.mesh, batch)).logp
-            ),
+            folder=pipeline.folder / "anchor_logps" / name,
+            batches=batches,
+            score=logps,
+            key={"model": anchor_cache.params_identity(params)},
         )
 
 
@@ -342,8 +387,12 @@ def measure_preferences(
     batches = pipeline.batches(groups, row_length, stage)
     pair_metrics = jax.jit(functools.partial(_metrics, method, pipeline.model))
     found = {name: {"accuracy": [], "margin": []} for name in models}
-    with jax.set_mesh(pipeline.mesh):
-        for batch in pipeline.tracked("preferences", batches):
+    with (
+        jax.set_mesh(pipeline.mesh),
+        pipeline.progress("preferences", len(batches)) as count,
+    ):
+        for number, batch in enumerate(batches):
+            count(number)
             placed, real = sharding.place_batch(pipeline.mesh, batch), batch.record >= 0
             for name, params in models.items():
                 metrics = pair_metrics(params, placed)
@@ -412,7 +461,7 @@ def measure_responses(
         }
     groups = [
         TokenGroup(
-            prompt=pipeline.encoder.encode_prompt(prompt),
+            prompt=pipeline.encode_prompt(prompt),
             responses=tuple(row),
             loss_masks=tuple(np.ones(len(response), bool) for response in row),
             labels=(0.0,) * len(row),
@@ -421,10 +470,14 @@ def measure_responses(
         for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
     ]
     kl = np.zeros(len(groups))
-    with jax.set_mesh(pipeline.mesh):
-        exact_kl = _compiled(token_kl, pipeline.model)
-        batches = pipeline.batches(groups, sources.longest_group(groups), stage)
-        for batch in pipeline.tracked("exact KL", batches):
+    exact_kl = _compiled(token_kl, pipeline.model)
+    batches = pipeline.batches(groups, sources.longest_group(groups), stage)
+    with (
+        jax.set_mesh(pipeline.mesh),
+        pipeline.progress("exact KL", len(batches)) as count,
+    ):
+        for number, batch in enumerate(batches):
+            count(number)
             placed = sharding.place_batch(pipeline.mesh, batch)
             tokens = np.asarray(exact_kl(params, placed, anchor_params=reference))
             for b in np.flatnonzero(batch.record >= 0):

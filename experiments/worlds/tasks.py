@@ -9,10 +9,16 @@ import importlib
 import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 
 from experiments.worlds import instructions
-from experiments.worlds.pipeline import Grade, only_response, prompt_text
-from pref_jax.data import records, templates
+from experiments.worlds.pipeline import (
+    Grade,
+    ToolPrompt,
+    only_responses,
+    prompt_text,
+)
+from pref_jax.data import readers, records, sources, templates, token_cache
 from pref_jax.models import pretrained
 from pref_jax.types import CHOSEN, TokenGroup
 
@@ -36,8 +42,8 @@ class Task:
     encoder: templates.TextEncoder
     vocab_size: int
     documents: tuple[list[TokenGroup], list[TokenGroup]] | None
-    demonstrations: tuple[list[TokenGroup], list[TokenGroup]]
-    pairs: tuple[list[TokenGroup], list[TokenGroup]] | None
+    demonstrations: tuple[Sequence[TokenGroup], Sequence[TokenGroup]]
+    pairs: tuple[Sequence[TokenGroup], Sequence[TokenGroup]] | None
     pair_prompts: tuple[list, list]
     eval_prompts: list
     grade: Grade | None
@@ -102,87 +108,123 @@ def _cut(groups, rate=0.05):
 
 
 def own_task(
-    data: str,
+    data: Sequence[str],
     *,
+    weights: Sequence[float],
+    rename: Mapping[str, str],
+    split: str | None,
     heldout: str | None,
     tokenizer: str | None,
     model: str | None,
     grade: str | None,
     on_error: str,
     num_eval_prompts: int,
+    row_length: int | None,
+    long_groups: str,
+    cache: str,
 ) -> Task:
-    """Your own file, tokenizer and grade in the place of the world's.
+    """Your own files, tokenizer and grade in the place of the world's.
 
     Args:
-      data: file of pairs or demonstrations.
-      heldout: file for the evaluation; None: a tenth of `data`, by prompt.
+      data: sources of pairs or demonstrations, as `readers.read` takes them.
+      weights: share of each source in training; none: by its size.
+      rename: {field of the rows: name of the schema}.
+      split: of a tfds source.
+      heldout: source for the evaluation; None: a tenth of `data`, by prompt.
       tokenizer: folder of the tokenizer; None: that of `model`.
       model: folder of the checkpoint that the ids must fit; None: a fresh decoder.
       grade: module:function of (prompt, response) -> true reward; None: not known.
       on_error: "raise" or "skip", for bad rows.
       num_eval_prompts: most prompts of the final evaluation.
+      row_length: L; None: a row takes any group.
+      long_groups: policy for groups that are longer than a row or than the model.
+      cache: folder of what was tokenised.
 
     Raises:
       ValueError: the files hold neither pairs nor demonstrations, a split is empty,
         demonstrations come without a grade, or the grade is no finite number.
     """
     loaded = templates.load_tokenizer(tokenizer or model)
+    most = None
     if model is not None:
-        vocab_size = pretrained.load_config(model).vocab_size
-        templates.check_vocabulary(loaded, vocab_size)
+        config = pretrained.load_config(model)
+        most = config.max_positions
+        templates.check_vocabulary(loaded, config.vocab_size)
     encoder = templates.TextEncoder(loaded)
-    read = functools.partial(records.read_jsonl, on_error=on_error)
-    found = [read(path) for path in (data, heldout) if path is not None]
-    if heldout is not None:
-        parts = found
+    read = functools.partial(readers.read, on_error=on_error, rename=rename)
+    found = [read(source, split=split) for source in data]
+    if heldout is None:
+        everything = found
+        evaluation = [r for part in found for r in part if _is_heldout(r.prompt)]
+        training = [[r for r in part if not _is_heldout(r.prompt)] for part in found]
     else:
-        parts = [
-            [r for r in found[0] if _is_heldout(r.prompt) == held]
-            for held in (False, True)
-        ]
-    sizes = {part.num_responses for part in found}
-    if sizes not in ({1}, {2}) or not all(parts):
+        evaluation, training = read(heldout), found
+        everything = [*found, evaluation]
+    sizes = {part.num_responses for part in everything}
+    if sizes not in ({1}, {2}) or not all(training) or not evaluation:
         raise ValueError(
-            f"{' and '.join(part.source for part in found)}: "
-            f"{' and '.join(map(str, sorted(sizes)))} responses a row, {len(parts[0])} "
-            f"training and {len(parts[1])} held-out rows. This experiment takes pairs "
-            f"or demonstrations, not both, and some of both splits; give --heldout "
-            f"FILE if a tenth of the prompts is too few."
+            f"{', '.join(part.source for part in everything)}: "
+            f"{' and '.join(map(str, sorted(sizes)))} responses a row, "
+            f"{sum(map(len, training))} training and {len(evaluation)} held-out rows. "
+            f"This experiment takes pairs or demonstrations, not both, and some of "
+            f"both splits; give --heldout FILE if a tenth of the prompts is too few."
         )
     is_pairs = sizes == {2}
     if not is_pairs and grade is None:
         raise ValueError(
-            f"{data} holds demonstrations, so pairs have to be sampled and "
+            f"{', '.join(data)} holds demonstrations, so pairs have to be sampled and "
             f"graded: give --grade module:function, or a file of pairs."
         )
-    notes = [part.summary() for part in found]
-    training = {record.prompt for record in parts[0]}
-    shared = sum(record.prompt in training for record in parts[1])
+    notes = [part.summary() for part in everything]
+    seen = {record.prompt for part in training for record in part}
+    shared = sum(record.prompt in seen for record in evaluation)
     if shared:
         notes.append(
-            f"{shared} of {len(parts[1])} held-out rows have a prompt that is in "
-            f"{data} too: what is measured on them is not held out."
+            f"{shared} of {len(evaluation)} held-out rows have a prompt that is in "
+            f"the training data too: what is measured on them is not held out."
         )
-    row_groups = [[encoder.encode(r) for r in part] for part in parts]
-    prompts = [list({r.prompt: None for r in part}) for part in parts]
+    tokenise = functools.partial(
+        token_cache.tokenised,
+        encoder=encoder,
+        root=cache,
+        policy=long_groups,
+        row_length=row_length,
+        max_positions=most,
+        on_error=on_error,
+    )
+    parts = [tokenise(part) for part in training]
+    groups = (
+        sources.Mixture(parts, weights or [len(part) for part in parts]),
+        tokenise(evaluation),
+    )
+    notes += [part.summary() for part in (*parts, groups[1])]
+    prompts = [
+        list(dict.fromkeys(map(_prompt, part)))
+        for part in ((record for part in training for record in part), evaluation)
+    ]
     grade_parts = None
     if grade is not None:
         grade_parts = _load_grade(grade)
         # A grade that fails should do so now, and not when everything is trained.
-        grade_parts(prompts[1][0], encoder.decode(row_groups[1][0].responses[0]))
+        grade_parts(prompts[1][0], encoder.decode(groups[1][0].responses[0]))
     return Task(
         encoder=encoder,
         vocab_size=len(loaded),
         documents=None,
-        demonstrations=tuple(
-            [only_response(CHOSEN, g) for g in part] for part in row_groups
-        ),
-        pairs=tuple(row_groups) if is_pairs else None,
+        demonstrations=tuple(only_responses(CHOSEN, part) for part in groups),
+        pairs=groups if is_pairs else None,
         pair_prompts=tuple(prompts),
         eval_prompts=prompts[1][:num_eval_prompts],
         grade=grade_parts,
         notes=(*notes, encoder.summary()),
     )
+
+
+def _prompt(record: records.Record):
+    """What a sampler is given of a record."""
+    if record.tools:
+        return ToolPrompt(record.prompt, record.tools)
+    return record.prompt
 
 
 def _is_heldout(prompt, rate=0.1) -> bool:
@@ -203,6 +245,8 @@ def _load_grade(name: str):
         ) from error
 
     def checked(prompt, response):
+        if isinstance(prompt, ToolPrompt):
+            prompt = prompt.messages
         value = grade(prompt, response)
         try:
             number = float(value)

@@ -13,6 +13,7 @@ import oracles
 import tiny_stage
 from experiments.worlds import pipeline as pipeline_lib
 from experiments.worlds.pipeline import Pipeline
+from pref_jax.data.records import Message
 from pref_jax.sampling import Samples
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PreemptionGuard
@@ -197,11 +198,12 @@ def test_preferences_are_measured_on_every_pair_and_on_no_empty_slot():
     np.testing.assert_array_equal(found["accuracy"], [0.0, 1.0, 0.0])
 
 
-def test_anchor_logps_are_stored_whatever_the_records_are():
+def test_anchor_logps_are_stored_whatever_the_records_are(tmp_path):
     """Both groups were row 7 of their files."""
     params = jnp.array([[1.0], [2.0], [4.0]])
     one, other = group(7, 2, 2), group(7, 2, 3)
-    stored = pipeline_lib.store_anchor(scripted(), params, [one, other], STAGE)
+    line = dataclasses.replace(scripted(), folder=tmp_path)
+    stored = pipeline_lib.store_anchor(line, "pairs", params, [one, other], STAGE)
     # Response 0, 1, 2 after prompt 0, 1; the logits after 0 are 1, 2, 4.
     after = [oracles.log_softmax(x * np.array([1.0, 2.0, 4.0])) for x in (2.0, 1.0)]
     expected = [after[0][0], after[1][1], after[0][2]]
@@ -209,3 +211,21 @@ def test_anchor_logps_are_stored_whatever_the_records_are():
         np.testing.assert_allclose(
             result.extras["anchor_logps"][0], expected[:length], rtol=1e-5
         )
+
+
+def test_the_tools_of_a_chat_reach_the_encoder():
+    asked = []
+
+    class Telling(Encoder):
+        def encode_prompt(self, prompt, *, tools=()):
+            asked.append((prompt, tools))
+            return np.zeros(3, np.int32)
+
+    line = dataclasses.replace(pipeline(), encoder=Telling())
+    chat = (Message("user", "the weather?"),)
+    line.encode_prompt(pipeline_lib.ToolPrompt(chat, ('{"name": "weather"}',)))
+    line.encode_prompt("plain")
+    assert asked == [(chat, ('{"name": "weather"}',)), ("plain", ())]
+    assert pipeline_lib.prompt_text(pipeline_lib.ToolPrompt(chat, ("{}",))) == (
+        "user: the weather?"
+    )

@@ -7,11 +7,17 @@ import pytest
 from experiments.worlds import instructions, tasks
 
 OPTIONS = {
+    "weights": (),
+    "rename": {},
+    "split": None,
     "heldout": None,
     "model": None,
     "grade": None,
     "on_error": "raise",
     "num_eval_prompts": 5,
+    "row_length": None,
+    "long_groups": "drop",
+    "cache": "cache",
 }
 
 
@@ -29,7 +35,7 @@ def own_task(tokenizer, tmp_path, monkeypatch):
 
     def make(rows, **options):
         path = write(tmp_path / "data.jsonl", rows)
-        return tasks.own_task(path, **OPTIONS | {"tokenizer": tokenizer} | options)
+        return tasks.own_task([path], **OPTIONS | {"tokenizer": tokenizer} | options)
 
     return make
 
@@ -161,3 +167,49 @@ def test_the_world_says_what_it_is_made_of():
         task.eval_prompts[0], instructions.best_response(task.eval_prompts[0])
     )
     assert graded == {"reward": 1.0, "right": 1.0, "format": 1.0, "length": 1.0}
+
+
+def test_several_sources_are_mixed_by_size_or_by_weight(own_task, tmp_path):
+    path = write(tmp_path / "more.jsonl", pairs(range(500, 540)))
+
+    def make(**options):
+        return tasks.own_task(
+            [write(tmp_path / "data.jsonl", pairs(range(200))), path],
+            **OPTIONS | {"tokenizer": str(tmp_path / "tokenizer")} | options,
+        )
+
+    instructions.train_tokenizer(instructions.World()).save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    train, heldout = make().pairs
+    assert list(train.weights) == [len(part) for part in train.parts]
+    assert len(train) + len(heldout) == 240
+    weighted, _ = make(weights=(1.0, 3.0)).pairs
+    assert weighted.weights == (1.0, 3.0)
+    demonstrated = make(weights=(1.0, 3.0)).demonstrations[0]
+    assert demonstrated.weights == (1.0, 3.0)
+    assert [len(g.responses) for g in demonstrated[:3]] == [1, 1, 1]
+
+
+def test_text_is_tokenised_once(own_task, tmp_path, monkeypatch):
+    first = own_task(pairs(range(200)))
+
+    def never(*args, **options):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(tasks.templates.TextEncoder, "encode_all", never)
+    again = own_task(pairs(range(200)))
+    for a, b in zip(first.pairs, again.pairs, strict=True):
+        assert [g.prompt.tolist() for g in a] == [g.prompt.tolist() for g in b]
+    with pytest.raises(AssertionError, match="tokenised again"):
+        own_task(pairs(range(201)))
+    with pytest.raises(AssertionError, match="tokenised again"):
+        own_task(pairs(range(200)), long_groups="keep_start")
+
+
+def test_what_a_policy_leaves_out_is_said(own_task):
+    long = {"prompt": "word " * 60, "chosen": " a", "rejected": " b"}
+    notes = own_task([*pairs(range(200)), long], row_length=40).notes
+    dropped = [note for note in notes if note.startswith("tokens: records")]
+    assert len(dropped) == 2
+    assert any("dropped 1" in note for note in dropped)
