@@ -443,6 +443,7 @@ def make_report(
         sections=(
             *tables,
             sections.behaviour_table(measured, preferences, reference="SFT"),
+            _cells_table(task, preferences["DPO"], pairs[1]),
             sections.training_curves(pipeline.folder, list(stages)),
             sections.sample_table(measured, eval_prompts),
             sections.stage_table(stages),
@@ -455,6 +456,16 @@ def make_report(
             "starts": run_lib.count_starts(pipeline.folder),
         },
     )
+
+
+def _cells_table(task: tasks.Task, found, groups) -> report.Table:
+    lengths = np.array([[len(r) for r in group.responses] for group in groups])
+    numbers = [group.record for group in groups]
+    fields = {
+        name: [values[number] for number in numbers]
+        for name, values in task.heldout_fields.items()
+    }
+    return sections.cells_table(found["accuracy"], found["margin"], lengths, fields)
 
 
 def _pair_note(pairs) -> str:

@@ -381,27 +381,30 @@ def measure_preferences(
     """Accuracy and margin of each model's rewards on each of some pairs.
 
     Returns:
-      {model: {"accuracy": f[N], "margin": f[N]}}.
+      {model: {"accuracy": f[N], "margin": f[N]}}, in the order of the groups that fit.
     """
     groups, row_length = pipeline.fit(groups)
     batches = pipeline.batches(groups, row_length, stage)
     pair_metrics = jax.jit(functools.partial(_metrics, method, pipeline.model))
-    found = {name: {"accuracy": [], "margin": []} for name in models}
+    found = {
+        name: {key: np.zeros(len(groups)) for key in ("accuracy", "margin")}
+        for name in models
+    }
+    num_tokens = rows.measure(groups).num_tokens
     with (
         jax.set_mesh(pipeline.mesh),
         pipeline.progress("preferences", len(batches)) as count,
     ):
         for number, batch in enumerate(batches):
             count(number)
-            placed, real = sharding.place_batch(pipeline.mesh, batch), batch.record >= 0
+            placed = sharding.place_batch(pipeline.mesh, batch)
+            members = np.array(batches.indices(number))
+            places = rows.slots(num_tokens[members].tolist(), batches.shape)
             for name, params in models.items():
                 metrics = pair_metrics(params, placed)
                 for key, values in found[name].items():
-                    values.extend(np.asarray(metrics[f"rewards/{key}"][0])[real])
-    return {
-        name: {key: np.array(values) for key, values in by_key.items()}
-        for name, by_key in found.items()
-    }
+                    values[members] = np.asarray(metrics[f"rewards/{key}"][0])[places]
+    return found
 
 
 def _metrics(method, model, params, batch):

@@ -35,6 +35,8 @@ class Task:
       pairs: training and held-out groups, K = 2; None: sampled for `pair_prompts`.
       pair_prompts: training and held-out prompts.
       eval_prompts: prompts of the final evaluation.
+      heldout_fields: name -> a value for each `record` number of the held-out pairs,
+        for groups in the report.
       grade: (prompt, response) -> parts of the true reward, "reward" first; or None.
       notes: what was read, left out and counted, for the report.
     """
@@ -48,6 +50,7 @@ class Task:
     eval_prompts: list
     grade: Grade | None
     notes: tuple[str, ...]
+    heldout_fields: dict[str, list] = dataclasses.field(default_factory=dict)
 
 
 def world_task(
@@ -98,6 +101,7 @@ def world_task(
     )
 
 
+_MOST_GROUPS = 8  # values of a field that make groups
 _WORLD_PARTS = ("reward", "right", "format", "length")
 
 
@@ -160,6 +164,8 @@ def own_task(
     else:
         evaluation, training = read(heldout), found
         everything = [*found, evaluation]
+    # Their numbers lead to their fields, whichever source they are of.
+    evaluation = [dataclasses.replace(r, row=i) for i, r in enumerate(evaluation)]
     sizes = {part.num_responses for part in everything}
     if sizes not in ({1}, {2}) or not all(training) or not evaluation:
         raise ValueError(
@@ -217,7 +223,20 @@ def own_task(
         eval_prompts=prompts[1][:num_eval_prompts],
         grade=grade_parts,
         notes=(*notes, encoder.summary()),
+        heldout_fields=_fields(evaluation),
     )
+
+
+def _fields(evaluation: Sequence[records.Record]) -> dict[str, list]:
+    """Fields of the held-out rows that make groups: numbers, and a few other values."""
+    found = {}
+    for name in sorted({name for record in evaluation for name in record.fields}):
+        values = [record.fields.get(name, "not given") for record in evaluation]
+        kinds = set(map(type, values))
+        few = len(set(values)) <= _MOST_GROUPS
+        if len(set(values)) > 1 and len(kinds) == 1 and (few or kinds == {float}):
+            found[name] = values
+    return found
 
 
 def _prompt(record: records.Record):

@@ -229,3 +229,20 @@ def test_the_tools_of_a_chat_reach_the_encoder():
     assert pipeline_lib.prompt_text(pipeline_lib.ToolPrompt(chat, ("{}",))) == (
         "user: the weather?"
     )
+
+
+def test_preferences_come_in_the_order_of_the_pairs_whatever_rows_they_stand_in():
+    """A later short pair is packed into the row of an earlier one."""
+    logps = [(-1, -3), (-2, -1), (-6, -1), (-1, -2)]
+    groups = [with_logps(i, *pair) for i, pair in enumerate(logps)]
+    longer = [dataclasses.replace(g, prompt=np.arange(90) % 3) for g in groups[:2]]
+    mixed = [longer[0], longer[1], *groups[2:]]
+    found = pipeline_lib.measure_preferences(
+        scripted(),
+        tiny_stage.DPO,
+        {"one": jnp.ones((3, 1))},
+        mixed,
+        types.SimpleNamespace(groups_per_step=4),
+    )["one"]
+    expected = [-0.5 * (chosen - rejected) for chosen, rejected in logps]
+    np.testing.assert_allclose(found["margin"], expected, atol=1e-6)

@@ -213,3 +213,18 @@ def test_what_a_policy_leaves_out_is_said(own_task):
     dropped = [note for note in notes if note.startswith("tokens: records")]
     assert len(dropped) == 2
     assert any("dropped 1" in note for note in dropped)
+
+
+def test_fields_of_held_out_rows_make_groups(own_task, tmp_path):
+    rows = [
+        row | {"topic": "sums" if i % 2 else "doubles", "id": f"row {i}", "hard": i / 7}
+        for i, row in enumerate(pairs(range(30)))
+    ]
+    rows[3]["chosen"] = "b " * 90
+    path = write(tmp_path / "heldout.jsonl", rows)
+    task = own_task(pairs(range(100, 130)), heldout=path, row_length=60)
+    assert set(task.heldout_fields) == {"topic", "hard"}  # each id would be a group
+    numbers = [group.record for group in task.pairs[1]]
+    assert 3 not in numbers and len(numbers) == 29
+    for number in numbers:
+        assert task.heldout_fields["hard"][number] == rows[number]["hard"]
