@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from pref_jax.data import token_cache
-from pref_jax.data.rows import RowShape, measure, slots
+from pref_jax.data.rows import LazyGroups, RowShape, measure, slots
 from pref_jax.data.sources import Batches
 from pref_jax.types import PyTree, ResponseBatch, TokenGroup
 
@@ -79,7 +79,7 @@ def with_anchor_logps(
     return AnchoredGroups(groups, folder)
 
 
-class AnchoredGroups(Sequence[TokenGroup]):
+class AnchoredGroups(LazyGroups):
     """Groups with stored logps; both are read when a group is asked for.
 
     Attributes:
@@ -98,11 +98,10 @@ class AnchoredGroups(Sequence[TokenGroup]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def read(self, index: int) -> TokenGroup:
+        """Return group `index`, with its logps."""
         group = self._groups[index]
-        logps = np.frombuffer(self._records[index % len(self)], np.float32)
+        logps = np.frombuffer(self._records[index], np.float32)
         cuts = np.cumsum([len(response) for response in group.responses])[:-1]
         extras = {**group.extras, "anchor_logps": tuple(np.split(logps, cuts))}
         return dataclasses.replace(group, extras=extras)

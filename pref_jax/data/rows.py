@@ -18,6 +18,7 @@ responses:
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
@@ -72,6 +73,29 @@ class Lengths:
         """Those of some of the groups."""
         fields = dataclasses.asdict(self)
         return Lengths(**{name: value[indices] for name, value in fields.items()})
+
+
+class LazyGroups(Sequence[TokenGroup]):
+    """Groups that are read when they are asked for; what such sequences share.
+
+    A subclass has `__len__`, `lengths` and `read`.
+
+    Attributes:
+      lengths: of all groups, known without reading them.
+    """
+
+    lengths: Lengths
+
+    @abc.abstractmethod
+    def read(self, index: int) -> TokenGroup:
+        """Return group `index`, from 0; safe from several threads."""
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.read(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        return self.read(index % len(self))
 
 
 def measure(groups: Iterable[TokenGroup]) -> Lengths:

@@ -197,7 +197,7 @@ def _shares(weights: Sequence[float], groups_per_step: int, num_steps: int):
     return taken
 
 
-class Mixture(Sequence[TokenGroup]):
+class Mixture(rows.LazyGroups):
     """Several data sets as one, of which a run sees stated shares.
 
     As a sequence it holds the groups of all parts, one part after the other.
@@ -247,12 +247,8 @@ class Mixture(Sequence[TokenGroup]):
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"group {index} of {len(self)}")
-        index %= len(self)
+    def read(self, index: int) -> TokenGroup:
+        """Return group `index`, counted over all parts."""
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self.parts[part][index - int(self._first[part])]
 
@@ -270,16 +266,14 @@ def mapped(
     return _Mapped(function, groups)
 
 
-class _Mapped(Sequence):
+class _Mapped(rows.LazyGroups):
     def __init__(self, function, groups):
         self._function, self._groups = function, groups
 
     def __len__(self):
         return len(self._groups)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self._function(group) for group in self._groups[index]]
+    def read(self, index):
         return self._function(self._groups[index])
 
     @functools.cached_property

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from pref_jax.data.records import Record
-from pref_jax.data.rows import Lengths, fit_group, measure
+from pref_jax.data.rows import LazyGroups, Lengths, fit_group, measure
 from pref_jax.data.templates import TextEncoder
 from pref_jax.types import EXTRAS, TokenGroup
 
@@ -216,7 +216,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-class CachedGroups(Sequence[TokenGroup]):
+class CachedGroups(LazyGroups):
     """The groups of a complete cache, each read when it is asked for.
 
     Reading is safe from several threads.
@@ -260,12 +260,9 @@ class CachedGroups(Sequence[TokenGroup]):
     def __len__(self) -> int:
         return len(self.lengths.num_tokens)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"group {index} of {len(self)}")
-        return _from_bytes(self._records[index % len(self)])
+    def read(self, index: int) -> TokenGroup:
+        """Return group `index`."""
+        return _from_bytes(self._records[index])
 
     def __getstate__(self):
         return {"folder": self.folder}
