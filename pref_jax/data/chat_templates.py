@@ -26,13 +26,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pref_jax.data.boundary import Span
 from pref_jax.data.records import Message, RecordError
 
 _QUESTION = Message("user", "Which colour is the sky?")  # the probe conversation
 _ANSWER = Message("assistant", "Blue-7Q")
-
-Span = tuple[int, int]
-"""First character of a text, and one past its last."""
 
 
 class Render(Protocol):
@@ -119,7 +117,7 @@ class ChatTemplate:
     ):
         self._render, self._name = render, name
         where = "chat template"
-        self._check_blocks(where)
+        self._has_markers = self._check_blocks(where)
         head = self.head([_QUESTION], where)
         self.probe, _ = render([_QUESTION, _ANSWER], where, ())
         self._check_prefix(head, self.probe, where)
@@ -131,7 +129,7 @@ class ChatTemplate:
                 f"is not in {self.probe[len(head) :]!r}.",
             )
         self.opening = self.probe[len(head) : begin]
-        self._tail = self.probe[begin + len(_ANSWER.content) :]
+        self._tail = self.probe.rpartition(_ANSWER.content)[2]
         ids, offsets = tokenize(self._tail, where)
         found = np.flatnonzero([token_id in ending for token_id in ids.tolist()])
         if len(found):
@@ -161,7 +159,15 @@ class ChatTemplate:
         Raises:
           RecordError: the template refuses the conversation.
         """
-        return self._open(prompt, where, tools)[0]
+        asked, blocks = self._render(prompt, where, tools, generation=True)
+        if blocks is None:
+            return asked
+        shown, marked = self._render([*prompt, _ANSWER], where, tools)
+        if shown.startswith(asked):
+            return asked
+        if len(marked) <= len(blocks):
+            raise self._unmarked(len(marked) - len(blocks), 0, 1, where)
+        return shown[: marked[len(blocks)][0]]
 
     def renderings(
         self,
@@ -182,29 +188,9 @@ class ChatTemplate:
           RecordError: the template refuses the conversation, or writes it in a way that
             does not say which text is the assistant's.
         """
-        head, num_blocks = self._open(prompt, where, tools)
-        if num_blocks is None:
-            return head, [
-                self._render_turns(prompt, head, r, where, tools) for r in responses
-            ]
-        return head, [
-            self._render_marked(prompt, head, r, num_blocks, where, tools)
-            for r in responses
-        ]
-
-    def _open(
-        self, prompt: Sequence[Message], where: str, tools: Sequence[str]
-    ) -> tuple[str, int | None]:
-        """The head, and the number of generation blocks in it; None: no markers."""
-        asked, blocks = self._render(prompt, where, tools, generation=True)
-        if blocks is None:
-            return asked, None
-        shown, marked = self._render([*prompt, _ANSWER], where, tools)
-        if shown.startswith(asked):
-            return asked, len(blocks)
-        if len(marked) <= len(blocks):
-            raise self._unmarked(len(marked) - len(blocks), 0, 1, where)
-        return shown[: marked[len(blocks)][0]], len(blocks)
+        head = self.head(prompt, where, tools)
+        render = self._render_marked if self._has_markers else self._render_turns
+        return head, [render(prompt, head, r, where, tools) for r in responses]
 
     def _render_turns(
         self,
@@ -222,9 +208,8 @@ class ChatTemplate:
             if turns[index].role != "assistant":
                 continue
             first, last = index == len(prompt), index == len(turns) - 1
-            before, after = head, text
-            if not first:
-                before, _ = self._open(turns[:index], where, tools)
+            before = head if first else self.head(turns[:index], where, tools)
+            after = text
             if not last:
                 after = self._render_ended(turns[: index + 1], where, tools)
             self._check_prefix(before, text, where)
@@ -250,25 +235,33 @@ class ChatTemplate:
         prompt: Sequence[Message],
         head: str,
         response: Sequence[Message],
-        num_blocks: int,
         where: str,
         tools: Sequence[str],
     ) -> Rendering:
-        """The spans by the generation blocks after the `num_blocks` of the prompt."""
-        text, blocks = self._render([*prompt, *response], where, tools)
+        """The spans by the generation blocks that end after the head."""
+        turns = [*prompt, *response]
+        text, blocks = self._render(turns, where, tools)
         self._check_prefix(head, text, where)
-        spans, stops = [], []
-        for begin, end in blocks[num_blocks:]:
+        spoken = [i for i, m in enumerate(turns) if m.role == "assistant"]
+        spoken = [i for i in spoken if i >= len(prompt)]
+        spans, num_ended, stop = [], 0, None
+        for begin, end in blocks:
             begin = max(begin, len(head))  # a block may hold the opening as well
-            if begin < end:
-                stops.append(self._find_stop(text, begin, end))
-                spans.append((begin, end if stops[-1] is None else stops[-1]))
-        num_ended = sum(stop is not None for stop in stops)
-        num_turns = sum(turn.role == "assistant" for turn in response)
+            if begin >= end:
+                continue
+            stop = self._find_stop(text, begin, end)
+            spans.append((begin, end if stop is None else stop))
+            if stop is not None:
+                num_ended += 1
+                if num_ended < len(spoken):
+                    asked, _ = self._render(
+                        turns[: spoken[num_ended]], where, tools, generation=True
+                    )
+                    head = asked if text.startswith(asked) else text[:stop]
         # A turn may have several blocks, say of thoughts and of the answer.
-        if num_ended != num_turns or stops[-1] is None:
-            raise self._unmarked(len(spans), num_ended, num_turns, where)
-        return Rendering(text[: stops[-1]], tuple(spans))
+        if num_ended != len(spoken) or stop is None:
+            raise self._unmarked(len(spans), num_ended, len(spoken), where)
+        return Rendering(text[:stop], tuple(spans))
 
     def _find_stop(self, text: str, begin: int, end: int) -> int | None:
         """Where the end of turn is over that the block ends before, in or after."""
@@ -278,14 +271,14 @@ class ChatTemplate:
                 return end - inside + self._num_kept
         return None
 
-    def _check_blocks(self, where: str) -> None:
-        """Raises if markers stand around other text than the assistant's."""
+    def _check_blocks(self, where: str) -> bool:
+        """Whether there are markers; raises if they miss the assistant's text."""
         turns = []
         for round_ in ("", " now"):
             turns.append(Message("user", _QUESTION.content + round_))
             _, before = self._render(turns, where, (), generation=True)
             if before is None:
-                return
+                return False
             turns.append(Message("assistant", _ANSWER.content + round_))
             text, blocks = self._render(turns, where, ())
             marked = [text[begin:end] for begin, end in blocks[len(before) :]]
@@ -297,6 +290,7 @@ class ChatTemplate:
                     "`{% endgeneration %}` around the message and its end of turn, and "
                     "not inside a macro or a `set` block, where they are not seen.",
                 )
+        return True
 
     def _unmarked(
         self, num_blocks: int, num_ended: int, num_turns: int, where: str

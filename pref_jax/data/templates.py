@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pref_jax.data.chat_templates import ChatTemplate, Rendering, Span
+from pref_jax.data.boundary import (
+    Span,
+    common_prefix,
+    dropped_characters,
+    trained_tokens,
+)
+from pref_jax.data.chat_templates import ChatTemplate, Rendering
 from pref_jax.data.records import Message, Record, RecordError
 from pref_jax.types import TokenGroup
 
@@ -494,14 +500,14 @@ class TextEncoder:
     ) -> TokenGroup:
         """Cuts the ids of the renderings, and counts what was met."""
         head, renderings, end_id = rendered
-        cut = _common_prefix(encodings, len(head))
+        cut = common_prefix(encodings, len(head))
         notes: list[_Note] = []
         prompt = self._complete_prompt(encodings[0][0][:cut], notes, record.where)
         responses, loss_masks = [], []
         for k, (text, spans) in enumerate(renderings):
             notes += self._notes_on_text(record, k, text, len(head), encodings[k], cut)
             ids, offsets = (array[cut:] for array in encodings[k])
-            mask, ends, straddling = _trained_tokens(offsets, spans, len(head))
+            mask, ends, straddling = trained_tokens(offsets, spans, len(head))
             special = self._is_special[ids] & mask
             special[ends] &= ids[ends] != end_id
             if not len(ids) or ids[-1] != end_id:
@@ -544,7 +550,7 @@ class TextEncoder:
         first = k == 0
         ids, offsets = (array[0 if first else cut :] for array in encoding)
         unknown = [text[a:b] for a, b in offsets[self._is_unknown[ids]]]
-        dropped = _dropped(text, encoding[1], begin=0 if first else boundary)
+        dropped = dropped_characters(text, encoding[1], begin=0 if first else boundary)
         notes = [
             ("unknown_tokens", len(unknown), repr(unknown)),
             ("dropped_characters", len(dropped), repr(dropped)),
@@ -600,59 +606,6 @@ class TextEncoder:
                 "tokenizer reads as its BOS; a BOS stands in the prompt only. Change "
                 "the text or leave the row out.",
             )
-
-
-def _common_prefix(
-    encodings: Sequence[tuple[np.ndarray, np.ndarray]], boundary: int
-) -> int:
-    """Number of leading tokens that all share and that end at or before `boundary`."""
-    first = encodings[0][0]
-    cut = len(first)
-    for ids, offsets in encodings:
-        beyond = np.flatnonzero(offsets[:cut, 1] > boundary)
-        cut = min([cut, len(ids), *beyond[:1].tolist()])
-        differing = np.flatnonzero(ids[:cut] != first[:cut])
-        cut = min([cut, *differing[:1].tolist()])
-    return cut
-
-
-def _dropped(text: str, offsets: np.ndarray, *, begin: int) -> str:
-    """The characters from `begin` on, blanks left out, that no token covers."""
-    size = len(text) + 1
-    opened, closed = (np.bincount(side, minlength=size) for side in offsets.T)
-    bare = np.flatnonzero(np.cumsum(opened - closed)[begin:-1] == 0) + begin
-    return "".join(text[index] for index in bare if not text[index].isspace())
-
-
-def _trained_tokens(
-    offsets: np.ndarray, spans: Sequence[Span], boundary: int
-) -> tuple[np.ndarray, list[int], list[tuple[int, int, int]]]:
-    """Which tokens after the cut overlap a span of the assistant's text.
-
-    Args:
-      offsets: i64[n, 2]. First character of each token, and one past its last.
-      spans: first character of each of the assistant's texts, and one past its last.
-      boundary: the character where the response begins, at or before the first span.
-
-    Returns:
-      mask, bool[n]; the index of the last token of each span; and (start, stop, begin)
-      of each token that starts before the begin of the span that it belongs to.
-    """
-    starts, stops = offsets.T
-    mask, ends, straddling = np.zeros(len(offsets), bool), [], []
-    for index, (begin, end) in enumerate(spans):
-        inside = stops > begin
-        if index == 0:
-            # Tokens that begin before the boundary open the response, whatever text
-            # they cover.
-            inside |= (starts < boundary) | (begin == boundary)
-        if index < len(spans) - 1:  # no text follows the last
-            inside &= starts < end
-        mask |= inside
-        ends += np.flatnonzero(inside)[-1:].tolist()
-        for token in np.flatnonzero(inside & (starts < begin)):
-            straddling.append((int(starts[token]), int(stops[token]), begin))
-    return mask, ends, straddling
 
 
 def _ids_and_offsets(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
