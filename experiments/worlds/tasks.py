@@ -222,7 +222,7 @@ def own_task(
         pair_prompts=tuple(prompts),
         eval_prompts=prompts[1][:num_eval_prompts],
         grade=grade_parts,
-        notes=(*notes, encoder.summary()),
+        notes=(*notes, encoder.describe()),
         heldout_fields=_fields(evaluation),
     )
 

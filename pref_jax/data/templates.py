@@ -352,19 +352,23 @@ class TextEncoder:
 
     def summary(self) -> str:
         """A few lines for the start of a run: the special ids, and what was met."""
-        ids = {"begin": self._prefix, "end": self.end_ids, "pad": (self.pad_id,)}
-        named = (
-            f"{name} {self._tokenizer.convert_ids_to_tokens(list(value))} {list(value)}"
-            for name, value in ids.items()
-        )
-        lines = [f"{self.counts['records']} records encoded; {', '.join(named)}"]
+        lines = [f"{self.counts['records']} records encoded; {self.describe()}"]
         for name, count in self.counts.items():
             if count and name != "records":
                 lines.append(f"  {name}: {count}")
                 lines += [f"    {example}" for example in self.examples.get(name, ())]
-        if self._chat is not None and self._chat.opening:
-            lines.append(f"  the template opens a response with {self._chat.opening!r}")
         return "\n".join(lines)
+
+    def describe(self) -> str:
+        """The ids that begin and end a text and pad, and the template's opening."""
+        ids = {"begin": self._prefix, "end": self.end_ids, "pad": (self.pad_id,)}
+        parts = [
+            f"{name} {self._tokenizer.convert_ids_to_tokens(list(value))} {list(value)}"
+            for name, value in ids.items()
+        ]
+        if self._chat is not None and self._chat.opening:
+            parts.append(f"the template opens a response with {self._chat.opening!r}")
+        return ", ".join(parts)
 
     def _find_prefix(self, add_bos: bool | None) -> tuple[int, ...]:
         """Ids before the text: what the tokenizer adds to plain text, or as asked."""

@@ -37,7 +37,7 @@ INDEX_FILE = "index.npz"
 
 _FORMAT = "1"  # of the files; part of every key
 _RECORDS_PER_SHARD = 4096  # what a kill loses at most
-_NOTES_PER_SHARD = 3
+_NOTES_SHOWN = 6
 _WRITER_OPTIONS = "group_size:1"  # one record is read without its neighbours
 
 _logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def tokenised(
 
     def shard(part: Sequence[Record]) -> Shard:
         before = collections.Counter(encoder.counts)
-        num_left_out = len(encoder.left_out)
+        encoder.examples = {}  # so that they are the shard's, whatever was before
         encoded = encoder.encode_all(part, on_error=on_error)
         fitted = [
             fit_group(
@@ -163,8 +163,8 @@ def tokenised(
                 for new, old in zip(fitted, encoded, strict=True)
             ),
         }
-        problems = encoder.left_out[num_left_out:][:_NOTES_PER_SHARD]
-        return Shard(used, counts, [f"{where}: {what}" for where, what in problems])
+        examples = [f"{k}: {text}" for k, v in encoder.examples.items() for text in v]
+        return Shard(used, counts, examples)
 
     def make_shards(number: int) -> Iterator[Shard]:
         for first in range(
@@ -255,7 +255,10 @@ class CachedGroups(LazyGroups):
         names = ("records", "used", "left_out", "dropped", "cut")
         counts = {name: self.counts.get(name, 0) for name in names} | self.counts
         shown = [f"{name} {count}" for name, count in counts.items() if count]
-        return "\n".join([f"tokens: {', '.join(shown)}", *self.notes[:3]])
+        notes = [f"  {note}" for note in self.notes[:_NOTES_SHOWN]]
+        if len(self.notes) > _NOTES_SHOWN:
+            notes.append(f"  and {len(self.notes) - _NOTES_SHOWN} more examples")
+        return "\n".join([f"tokens: {', '.join(shown)}", *notes])
 
     def __len__(self) -> int:
         return len(self.lengths.num_tokens)

@@ -273,7 +273,7 @@ class Encoder:
     """A token a character; a record whose prompt is "bad" cannot be encoded."""
 
     def __init__(self):
-        self.counts, self.left_out = collections.Counter(), []
+        self.counts, self.examples = collections.Counter(), {}
 
     def identity(self):
         return {"tokenizer": "characters"}
@@ -284,7 +284,7 @@ class Encoder:
             if record.prompt == "bad":
                 if on_error == "raise":
                     raise ValueError(f"{record.where}: cannot be encoded")
-                self.left_out.append((record.where, "cannot be encoded"))
+                self.examples["left_out"] = [f"{record.where}: cannot be encoded"]
                 self.counts["left_out"] += 1
                 continue
             self.counts.update(records=1, seen=2)
@@ -329,10 +329,10 @@ def test_records_are_used_left_out_or_dropped_and_all_are_counted(
         **{"records": 5, "used": 3, "left_out": 1, "dropped": 1, "cut": 1},
         "seen": 8,
     }
-    assert found.notes == ["rows[1]: cannot be encoded"]
+    assert found.notes == ["left_out: rows[1]: cannot be encoded"]
     assert found.summary().splitlines() == [
         "tokens: records 5, used 3, left_out 1, dropped 1, cut 1, seen 8",
-        "rows[1]: cannot be encoded",
+        "  left_out: rows[1]: cannot be encoded",
     ]
     with pytest.raises(ValueError, match=r"rows\[1\]: cannot be encoded"):
         tokenise(tmp_path, on_error="raise")
