@@ -236,14 +236,15 @@ def test_annotations_that_give_no_outcome_are_an_error(tmp_path, rows, message):
 
 
 def judgment(uid, first, second, key="uid", **fields):
-    games = [{"score": score, "judgment": "..."} for score in (first, second)]
+    games = [{"score": score, "judgment": "so \u2028 so"} for score in (first, second)]
     return {key: uid, "judge": "judge", "model": "ours", "games": games} | fields
 
 
 def read_arena(tmp_path, rows, uids, **options):
     path = tmp_path / "ours.jsonl"
     text = "".join(
-        f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows
+        f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n"
+        for row in rows
     )
     path.write_text(text, "utf-8")
     return read_arena_judgments(path, uids=uids, model="ours", **options)

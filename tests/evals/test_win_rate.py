@@ -181,6 +181,30 @@ def test_length_that_decides_everything_has_a_finite_effect():
     assert 0 < stronger.length_effect < found.length_effect
 
 
+@pytest.mark.parametrize("penalty", [1e-6, 1e-2])
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+def test_fits_converge_where_length_or_difficulty_decides_everything(penalty, shift):
+    # 800 lengths, densely: log-odds of thousands far from the turn; a rare outcome.
+    differences = np.random.default_rng(8).normal(0.0, 1.0, 800)
+    outcomes = (differences > shift).astype(float)
+    assert 0 < outcomes.sum() < 800
+    by_length = value(outcomes, differences, penalty=penalty)
+    by_difficulty = value(
+        outcomes, np.zeros(800), difficulty=1000 * differences, penalty=penalty
+    )
+    assert 0 < by_length.length_effect < math.inf
+    assert 0 < by_difficulty.difficulty_effect < math.inf
+    assert by_difficulty.win_rate.mean == pytest.approx(outcomes.mean(), abs=1e-9)
+
+
+def test_whole_steps_that_would_overshoot_are_shortened():
+    # Newton's whole steps end in logits of thousands and a Hessian of 0 here.
+    difficulty = [-68.1, 84.6, 108.2, -86.0, -75.4]
+    found = value([1, 1, 1, 1, 0], [15, 16, 48, -39, 39], difficulty=difficulty)
+    assert 0 < found.win_rate.mean < 1
+    assert found.length_effect < 0  # of two alike in difficulty, the longer lost
+
+
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
 @pytest.mark.parametrize("difficulty", [None, DIFFICULTY])
 def test_who_wins_everything_wins_everything(outcome, difficulty):
