@@ -67,7 +67,7 @@ def world_task(
     encoder = templates.TextEncoder(tokenizer)
 
     def encode(rows):
-        return [encoder.encode(record) for record in records.from_objects(rows)]
+        return encoder.encode_all(records.from_objects(rows))
 
     text = instructions.documents(world, num_documents, seed)
     documents = encode({"prompt": "", "response": line} for line in text)

@@ -143,6 +143,7 @@ def fit_group(
     Raises:
       ValueError: the policy is not known.
     """
+    check_policy(policy)
     lengths = np.array([len(response) for response in group.responses])
     surplus = group.num_tokens - row_length
     room = np.inf if max_positions is None else max_positions - len(group.prompt)
@@ -169,11 +170,19 @@ def fit_group(
             return None
         prompt = np.concatenate([group.prompt[:1], group.prompt[1 - keep :]])
         return dataclasses.replace(group, prompt=prompt)
-    if policy != "drop":
+    return None
+
+
+def check_policy(policy: str) -> None:
+    """Raise unless `policy` is one of `FIT_POLICIES`, needed or not.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if policy not in FIT_POLICIES:
         raise ValueError(
             f"`policy` must be one of {', '.join(FIT_POLICIES)}; got {policy!r}."
         )
-    return None
 
 
 def _cut_responses(group: TokenGroup, lengths) -> TokenGroup:

@@ -85,6 +85,7 @@ def fit_groups(
     Raises:
       ValueError: none fits.
     """
+    rows.check_policy(policy)
     if isinstance(groups, Mixture):
         options = {"policy": policy, "max_positions": max_positions}
         fitted = [fit_groups(part, row_length, **options) for part in groups.parts]

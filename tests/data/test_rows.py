@@ -345,6 +345,8 @@ def test_a_policy_that_is_not_known_is_an_error():
         ValueError, match="`policy` must be one of drop, keep_start, ke"
     ):
         rows.fit_group(LONG, 10, "truncate")
+    with pytest.raises(ValueError, match="got 'truncate'"):
+        rows.fit_group(LONG, 1000, "truncate")  # it fits: the policy is not needed
 
 
 # --- one shape for a run --------------------------------------------------------------

@@ -160,6 +160,12 @@ def test_fitting_counts_what_it_drops_and_cuts():
     assert got == {"groups": 3, "dropped": 2, "cut": 0}
 
 
+def test_a_policy_that_is_not_known_is_an_error_though_all_groups_fit():
+    for all_groups in (groups(), sources.Mixture([groups()], [1.0])):
+        with pytest.raises(ValueError, match="`policy` must be one of drop, .*'cut'"):
+            sources.fit_groups(all_groups, 1000, policy="cut")
+
+
 def test_a_run_without_a_group_that_fits_is_an_error():
     shortest = min(group.num_tokens for group in groups())
     message = (
