@@ -22,7 +22,7 @@ quick_compiles = pytest.fixture(autouse=True, scope="module")(tiny_stage.quick_c
 
 
 class CountingSource(sources.OfflineSource):
-    """Counts the buffers that look like a matrix of the model, at every batch."""
+    """Counts the buffers that look like a matrix of the model, at two batches."""
 
     like = make_params()["blocks"]["0"]["mlp"]["gate"].shape
 
@@ -35,7 +35,8 @@ class CountingSource(sources.OfflineSource):
         return sum(x.shape == self.like for x in jax.live_arrays())
 
     def __call__(self, state):
-        self.counts.append(self.count() - self.before)
+        if len(self.counts) < 2:  # each one looks at every object of the process
+            self.counts.append(self.count() - self.before)
         return super().__call__(state)
 
 
@@ -119,5 +120,5 @@ def test_fifty_steps_are_those_of_a_live_anchor(runs):
 def test_training_on_stored_logps_holds_no_anchor(runs):
     # Two matrices of that shape in the policy, in both moments of the optimiser and in
     # what `tiny_stage.train` holds itself; the live run has the anchor as well.
-    assert runs["stored"][2][:2] == [2 * (3 + 1)] * 2
-    assert runs["live"][2][:2] == [2 * (4 + 1)] * 2
+    assert runs["stored"][2] == [2 * (3 + 1)] * 2
+    assert runs["live"][2] == [2 * (4 + 1)] * 2
