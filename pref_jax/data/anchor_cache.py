@@ -60,7 +60,7 @@ def with_anchor_logps(
         folder,
         {
             "rule": _RULE,
-            "groups": groups_identity(groups),
+            **groups_identity(groups),
             "groups_per_file": str(groups_per_file),
             **key,
         },
@@ -107,17 +107,21 @@ class AnchoredGroups(LazyGroups):
         return dataclasses.replace(group, extras=extras)
 
 
-def groups_identity(groups: Sequence[TokenGroup]) -> str:
-    """Stands for the ids and masks of groups: of a cache its key, else a hash."""
-    known = getattr(groups, "identity", None)
-    if known is not None:
-        return _digest([known.encode()])
-    return _digest(
+def groups_identity(groups: Sequence[TokenGroup]) -> dict[str, str]:
+    """What the ids and masks of groups depend on, as parts of a key.
+
+    Of a token cache these are the parts of its own key, so that a changed template is
+    refused by that name; of other groups it is a hash.
+    """
+    if isinstance(groups, token_cache.CachedGroups):
+        return {f"tokens, {name}": value for name, value in groups.key.items()}
+    parts = (
         part
         for group in groups
         for array in (group.prompt, *group.responses, *group.loss_masks)
         for part in (np.int64(len(array)).tobytes(), np.ascontiguousarray(array))
     )
+    return {"groups": _digest(parts)}
 
 
 def params_identity(params: PyTree) -> str:

@@ -226,7 +226,7 @@ class CachedGroups(LazyGroups):
       lengths: of all groups, from the index.
       counts: what was counted while it was written.
       notes: what was noted.
-      identity: stands for the cache in the keys of what is made from it.
+      key: what they were made from, part by part.
 
     Args:
       folder: of the cache.
@@ -247,7 +247,7 @@ class CachedGroups(LazyGroups):
             account = json.loads(str(index["account"]))
         self.counts: dict[str, int] = account["counts"]
         self.notes: list[str] = account["notes"]
-        self.identity = json.dumps(json.loads((self.folder / KEY_FILE).read_text()))
+        self.key: dict[str, str] = json.loads((self.folder / KEY_FILE).read_text())
         self._records = open_records(self.folder, len(self.lengths.num_tokens))
 
     def summary(self) -> str:

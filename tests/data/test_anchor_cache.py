@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fixtures
-from pref_jax.data import anchor_cache, rows, sources
+from pref_jax.data import anchor_cache, rows, sources, token_cache
 from pref_jax.data.token_cache import CacheError
 
 KEY = {"model": "abcd"}
@@ -162,6 +162,29 @@ def test_other_groups_or_masks_are_refused_by_name(groups, store, change):
     store(groups)
     with pytest.raises(CacheError, match="made from something else: groups was"):
         store([*groups[:-1], change(groups[-1])])
+
+
+def test_what_changed_of_a_token_cache_is_refused_by_name(groups, store, tmp_path):
+    def cached(**changed):
+        key = {"tokenizer": "abcd", "chat_template": "efgh"} | changed
+        return token_cache.cached_groups(
+            tmp_path / "_".join(key.values()),
+            key=key,
+            make_shards=lambda first: iter([token_cache.Shard(groups, {})]),
+        )
+
+    first = store(cached())
+    assert [g.record for g in store(cached())] == [g.record for g in first]
+    for name in ("tokenizer", "chat_template"):
+        with pytest.raises(CacheError, match=f"tokens, {name} was .*, now other"):
+            store(cached(**{name: "other"}))
+
+
+def test_another_rule_of_masks_is_refused_by_name(groups, store, monkeypatch):
+    store(groups)
+    monkeypatch.setattr(anchor_cache, "_RULE", "all targets, version 2")
+    with pytest.raises(CacheError, match="rule was logps of the masked targets"):
+        store(groups)
 
 
 def test_another_model_or_batch_size_is_refused_by_name(groups, store):
