@@ -113,17 +113,12 @@ class Config:
 
     def __post_init__(self):
         if not self.data:
-            for name in (
-                "weights",
-                "rename",
-                "split",
-                "heldout",
-                "tokenizer",
-                "model",
-                "grade",
-            ):
-                if getattr(self, name):
-                    raise ValueError(f"`{name}` belongs to `data`; give --data too.")
+            for field in dataclasses.fields(self):
+                given = getattr(self, field.name) != field.default
+                if field.name in _OF_DATA and given:
+                    raise ValueError(
+                        f"`{field.name}` belongs to `data`; give --data too."
+                    )
         elif self.tokenizer is None and self.model is None:
             raise ValueError("`data` needs a tokenizer; give --tokenizer or --model.")
         if self.weights and len(self.weights) != len(self.data):
@@ -137,6 +132,10 @@ class Config:
             )
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive; got {self.beta}.")
+
+
+_OF_DATA = ("weights", "rename", "split", "heldout", "tokenizer", "model", "grade")
+_OF_DATA += ("on_error", "cache")
 
 
 def _optimizer(rate: float, *, warmup_steps: int = 20) -> OptimizerConfig:
@@ -539,6 +538,8 @@ def main() -> None:
     except Preempted as stop:
         print(f"{stop}; the same command continues.", file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE) from None
+    except KeyboardInterrupt:  # while data is read, or a second Ctrl-C
+        raise SystemExit("stopped; the same command continues.") from None
     except (ValueError, NonFiniteError) as error:  # what a user can act on
         _logger.debug("where it happened", exc_info=True)
         raise SystemExit(f"error: {error}") from None

@@ -135,6 +135,8 @@ def test_own_pairs_with_a_grade_have_a_true_reward(own_files, tmp_path, monkeypa
         (["--sft.lop", 3], "--sft.lop"),
         (["--preset", "large"], "invalid choice: 'large'"),
         (["--tokenizer", "somewhere"], "belongs to `data`"),
+        (["--cache", "elsewhere"], "`cache` belongs to `data`"),
+        (["--on-error", "skip"], "`on_error` belongs to `data`"),
         (["--data", "pairs.jsonl"], "needs a tokenizer"),
         (["--beta", 0], "`beta` must be positive"),
         (["--dpo.loop.num-steps", 0], "`num_steps` must be at least 1"),
