@@ -6,7 +6,12 @@ looked at.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+
 import jax.numpy as jnp
+
+_num_microbatches = contextvars.ContextVar("num_microbatches", default=1)
 
 
 def describe(array) -> str:
@@ -86,3 +91,36 @@ def check_range(name: str, value: float, *, low: float, high: float, why: str) -
     """Raise unless a Python number lies in [low, high]."""
     if not low <= value <= high:
         raise ValueError(f"`{name}` must lie in [{low}, {high}] ({why}); got {value}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless a Python number is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be positive and finite; got {value}.")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise unless a Python number is at least 0 and finite."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"`{name}` must be 0 or more, and finite; got {value}.")
+
+
+@contextlib.contextmanager
+def microbatches(number: int):
+    """Say to what is traced inside that it sees one of `number` parts of a batch."""
+    token = _num_microbatches.set(number)
+    try:
+        yield
+    finally:
+        _num_microbatches.reset(token)
+
+
+def check_whole_batch(name: str) -> None:
+    """Raise if function `name` is traced for a part of a batch only."""
+    number = _num_microbatches.get()
+    if number > 1:
+        raise ValueError(
+            f"`{name}` looks across the whole batch, and the step computes it in "
+            f"{number} micro-batches: each part would give another number. Use one "
+            f"micro-batch, or a loss without batch statistics."
+        )

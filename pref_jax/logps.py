@@ -235,15 +235,22 @@ def response_scores(
     return Scores(**{k: gather_responses(v, batch) for k, v in stats.items()})
 
 
-def response_sum(token_values, *, where):
+def response_sum(token_values, *, where, weights=None):
     """Sum over the tokens of each response.
 
     Args:
       token_values: f32[..., T].
-      where: bool, broadcastable to `token_values`. False: the token does not count.
+      where: bool, broadcastable to `token_values`. False: the token does not count,
+        whatever it holds.
+      weights: f32, broadcastable to `token_values`, such as
+        `length_desensitized_weights`. None: 1. No gradient reaches them.
 
     Returns:
       f32[...].
+
+    Raises:
+      ValueError: `where` or `weights` does not fit.
+      TypeError: `where` is not boolean.
 
     >>> float(response_sum(jnp.array([1.0, 2.0, 4.0]),
     ...                    where=jnp.array([True, True, False])))
@@ -252,7 +259,227 @@ def response_sum(token_values, *, where):
     checks.check_bool("where", where)
     shape = jnp.shape(token_values)
     checks.check_broadcast("where", where, to=shape, of="token_values")
-    return jnp.where(where, token_values, 0.0).sum(-1)
+    values = jnp.where(where, token_values, 0.0)
+    if weights is not None:
+        checks.check_broadcast("weights", weights, to=shape, of="token_values")
+        weights = jnp.broadcast_to(jax.lax.stop_gradient(weights), shape)
+        values = values * jnp.where(where, weights, 0.0)
+    return values.sum(-1)
+
+
+def response_mean(token_values, *, where):
+    """Mean over the tokens of each response; 0 for a response without tokens.
+
+    Args:
+      token_values: f32[..., T].
+      where: bool, broadcastable to `token_values`. False: the token does not count.
+
+    Returns:
+      f32[...].
+
+    Raises:
+      ValueError: `where` does not fit.
+      TypeError: `where` is not boolean.
+
+    >>> float(response_mean(jnp.array([1.0, 2.0, 4.0]),
+    ...                     where=jnp.array([True, True, False])))
+    1.5
+    """
+    total = response_sum(token_values, where=where)
+    number = jnp.broadcast_to(where, jnp.shape(token_values)).sum(-1)
+    return total / jnp.maximum(number, 1)
+
+
+def step_sum(token_values, *, step_ids, num_steps: int, where=None):
+    """Sum over the tokens of each step of a response: of a turn, or of a list item.
+
+    Args:
+      token_values: f32[..., T].
+      step_ids: i32, broadcastable to `token_values`: 1..S, or 0 for a token of no step.
+        An id above S is counted nowhere.
+      num_steps: S.
+      where: bool, broadcastable to `token_values`. False: the token does not count.
+
+    Returns:
+      f32[..., S]; 0 for a step without tokens.
+
+    Raises:
+      ValueError: `step_ids` or `where` does not fit.
+      TypeError: `where` is not boolean.
+
+    >>> step_sum(jnp.array([1.0, 2.0, 4.0]), step_ids=jnp.array([1, 0, 1]),
+    ...          num_steps=2).tolist()
+    [5.0, 0.0]
+    """
+    member = _step_members(token_values, step_ids, num_steps, where)
+    return jnp.where(member, jnp.expand_dims(token_values, -2), 0.0).sum(-1)
+
+
+def step_mean(token_values, *, step_ids, num_steps: int, where=None):
+    """Mean over the tokens of each step; 0 for a step without tokens.
+
+    Args and errors as `step_sum`.
+
+    Returns:
+      f32[..., S].
+
+    >>> step_mean(jnp.array([1.0, 2.0, 4.0]), step_ids=jnp.array([1, 0, 1]),
+    ...           num_steps=2).tolist()
+    [2.5, 0.0]
+    """
+    member = _step_members(token_values, step_ids, num_steps, where)
+    total = jnp.where(member, jnp.expand_dims(token_values, -2), 0.0).sum(-1)
+    return total / jnp.maximum(member.sum(-1), 1)
+
+
+def _step_members(token_values, step_ids, num_steps, where):
+    """bool[..., S, T]: token t belongs to step s + 1 and counts."""
+    shape = jnp.shape(token_values)
+    checks.check_broadcast("step_ids", step_ids, to=shape, of="token_values")
+    ids = jnp.broadcast_to(step_ids, shape)[..., None, :]
+    member = ids == jnp.arange(1, num_steps + 1)[:, None].reshape(
+        (1,) * (len(shape) - 1) + (num_steps, 1)
+    )
+    if where is None:
+        return member
+    checks.check_bool("where", where)
+    checks.check_broadcast("where", where, to=shape, of="token_values")
+    return member & jnp.broadcast_to(where, shape)[..., None, :]
+
+
+def length_desensitized_weights(where, *, alpha: float):
+    """How much each token of a pair counts: what is longer than the other counts less.
+
+        n      = the smaller number of tokens of the two
+        weight = 1 for the first n tokens of a response, alpha for those beyond
+
+    Source: LD-DPO, arXiv:2409.06411, equations 8 to 11, in logarithms. Tokens are
+    counted from the first of the response, wherever the response begins.
+    Reduces to: DPO at alpha = 1; both responses cut to n tokens at alpha = 0.
+
+    Args:
+      where: bool[..., 2, T]. True: the token is one of the response's.
+      alpha: in [0, 1].
+
+    Returns:
+      f32[..., 2, T], 0 where `where` is False. For policy and anchor alike.
+
+    Raises:
+      ValueError: the axis before the last is not 2, or `alpha` is out of range.
+      TypeError: `where` is not boolean.
+
+    >>> where = jnp.array([[True, True, True], [False, True, False]])
+    >>> length_desensitized_weights(where, alpha=0.5).tolist()
+    [[1.0, 0.5, 0.5], [0.0, 1.0, 0.0]]
+    """
+    checks.check_bool("where", where)
+    checks.check_range("alpha", alpha, low=0.0, high=1.0, why="1 is DPO, 0 cuts")
+    if jnp.ndim(where) < 2 or where.shape[-2] != 2:
+        raise ValueError(
+            f"`where` needs the shape [..., 2, T] (chosen, rejected); got "
+            f"{checks.describe(where)}."
+        )
+    count = where.cumsum(-1)
+    shared = count[..., -1].min(-1)[..., None, None]
+    return jnp.where(where, jnp.where(count <= shared, 1.0, alpha), 0.0)
+
+
+def wpo_weights(token_logps, *, log_sum_sq, where):
+    """How likely the policy is to have written a response itself: 1 on average.
+
+        weight = exp(mean over tokens of (token_logps - log_sum_sq))
+
+    A pair's loss is multiplied by the product of its two weights. A token of average
+    probability under the policy, sum_v p_v^2, counts 1.
+
+    Source: WPO, arXiv:2406.11827, equation 2 and its sampled alignment.
+    Convention: not cut at 1, as in TRL 1.16; earlier versions cut the product.
+
+    Args:
+      token_logps: f32[..., T], nats.
+      log_sum_sq: f32[..., T]: log of the sum of the squared probabilities, a statistic
+        of `token_stats`.
+      where: bool, broadcastable to `token_logps`. False: the token does not count.
+
+    Returns:
+      f32[...], without gradient; 1 for a response without tokens.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: `where` is not boolean.
+
+    >>> weights = wpo_weights(jnp.array([[-1.0, -3.0], [-2.0, -2.0]]),
+    ...                       log_sum_sq=jnp.full((2, 2), -2.0),
+    ...                       where=jnp.ones((2, 2), bool))
+    >>> weights.tolist()
+    [1.0, 1.0]
+    """
+    checks.check_same_shape(
+        "log_sum_sq", log_sum_sq, like=token_logps, of="token_logps"
+    )
+    mean = response_mean(token_logps - log_sum_sq, where=where)
+    return jax.lax.stop_gradient(jnp.exp(mean))
+
+
+def shift_targets(ids, *, mask):
+    """Align raw logits with what they predict: for arrays of one's own, in [..., T].
+
+    The logits at position t speak of the token at t + 1:
+
+        targets[t] = ids[t + 1],  where[t] = mask[t + 1]
+
+    and the last position predicts none. Works for padding on either side, since `mask`
+    says which tokens are the response's.
+    (Rows built by `pref_jax.data` are shifted already.)
+
+    Args:
+      ids: i32[..., T], prompt, response and padding.
+      mask: bool[..., T]. True: this token is one of the response's.
+
+    Returns:
+      targets i32[..., T] and where bool[..., T], for `token_logps`.
+
+    Raises:
+      ValueError: the shapes differ.
+      TypeError: `mask` is not boolean.
+
+    >>> ids, mask = jnp.array([5, 6, 7]), jnp.array([False, True, True])
+    >>> targets, where = shift_targets(ids, mask=mask)
+    >>> targets.tolist(), where.tolist()
+    ([6, 7, 0], [True, True, False])
+    """
+    checks.check_bool("mask", mask)
+    checks.check_same_shape("mask", mask, like=ids, of="ids")
+    padding = [(0, 0)] * (jnp.ndim(ids) - 1) + [(0, 1)]
+    return tuple(jnp.pad(x[..., 1:], padding) for x in (ids, mask))
+
+
+def token_logps(logits, *, targets):
+    """Log-probability of each target under raw logits, in float32.
+
+        logps = logits[target] - logsumexp(logits)
+
+    For logits that are in memory anyway, as in a notebook; training never builds them
+    (`token_stats`).
+
+    Args:
+      logits: [..., T, V].
+      targets: i32[..., T], of `shift_targets`.
+
+    Returns:
+      f32[..., T], nats.
+
+    Raises:
+      ValueError: the shapes do not fit.
+      TypeError: `logits` is not floating-point.
+
+    >>> round(float(token_logps(jnp.array([0.0, 1.0]), targets=jnp.array(1))), 4)
+    -0.3133
+    """
+    checks.check_floating("logits", logits)
+    checks.check_same_shape("targets", targets, like=logits[..., 0], of="logits")
+    logps = jax.nn.log_softmax(checks.at_least_float32(logits))
+    return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
 
 
 def token_kl(

@@ -5,9 +5,21 @@
 
 from __future__ import annotations
 
+import math
+
+import jax
+import jax.numpy as jnp
+
 from pref_jax import checks
-from pref_jax.logps import response_sum
+from pref_jax.logps import (
+    length_desensitized_weights,
+    response_mean,
+    response_sum,
+    step_sum,
+)
 from pref_jax.types import ResponseBatch, Scores
+
+_LARGEST_EXPONENT = 40.0  # exp of it, squared and summed, is finite in float32
 
 
 def implicit_reward(logps, *, anchor_logps, beta: float):
@@ -36,12 +48,181 @@ def implicit_reward(logps, *, anchor_logps, beta: float):
     >>> round(float(reward), 4)
     0.2
     """
+    checks.check_positive("beta", beta)
+    return beta * _log_ratio(logps, anchor_logps)
+
+
+def _log_ratio(logps, anchor_logps):
     for name, array in (("logps", logps), ("anchor_logps", anchor_logps)):
         checks.check_floating(name, array)
     checks.check_same_shape("anchor_logps", anchor_logps, like=logps, of="logps")
-    if not beta > 0:
-        raise ValueError(f"`beta` must be positive; got {beta}.")
-    return beta * (logps - anchor_logps)
+    return logps - anchor_logps
+
+
+def _safe_log_ratio(logps, anchor_logps, where):
+    """The log-ratio in float32 or wider, 0 where dropped: for curved rewards."""
+    ratio = checks.at_least_float32(_log_ratio(logps, anchor_logps))
+    if where is None:
+        return ratio
+    checks.check_bool("where", where)
+    checks.check_broadcast("where", where, to=ratio.shape, of="logps")
+    return jnp.where(where, ratio, 0.0)
+
+
+def _exp(x):
+    """exp up to 40, its tangent beyond: finite, and so is the square of its slope."""
+    capped = jnp.minimum(x, _LARGEST_EXPONENT)
+    beyond = jnp.where(x > _LARGEST_EXPONENT, x - _LARGEST_EXPONENT, 0.0)
+    return jnp.exp(capped) * (1 + beyond)
+
+
+def forward_kl_reward(logps, *, anchor_logps, beta: float, where=None):
+    """The implicit reward under KL(anchor || policy): it punishes what is forgotten.
+
+        reward = beta (1 - exp(-(logps - anchor_logps)))
+
+    With `logistic_loss` on it: f-DPO. The exponential is continued by its tangent
+    above an exponent of 40.
+
+    Source: f-DPO, arXiv:2309.16240, table 1, f'(u) = -1 / u, plus a constant that a
+    pair cancels.
+    Convention: TRL's `forward_kl`, whose constant is 1.
+
+    Args:
+      logps: f32[...], nats, of whole responses.
+      anchor_logps: as `logps`. The caller stops its gradient.
+      beta: positive.
+      where: bool, broadcastable to `logps`. False: reward 0, gradient 0, whatever the
+        entry holds (a NaN that only the loss drops would reach the gradient).
+
+    Returns:
+      f32[...], 0 where policy and anchor agree.
+
+    Raises:
+      ValueError: the shapes differ, `where` does not fit, or `beta` is not positive.
+      TypeError: an argument is not floating-point, or `where` is not boolean.
+
+    >>> logps, anchor_logps = jnp.array([0.0, -3.0]), jnp.array([0.0, -1.0])
+    >>> rewards = forward_kl_reward(logps, anchor_logps=anchor_logps, beta=0.5)
+    >>> [round(float(r), 4) for r in rewards]
+    [0.0, -3.1945]
+    """
+    checks.check_positive("beta", beta)
+    return beta * (1 - _exp(-_safe_log_ratio(logps, anchor_logps, where)))
+
+
+def jensen_shannon_reward(logps, *, anchor_logps, beta: float, where=None):
+    """The implicit reward under the Jensen-Shannon divergence: at most beta log 2.
+
+        reward = beta (log 2 + log sigmoid(logps - anchor_logps))
+
+    With `logistic_loss` on it: f-DPO.
+
+    Source: f-DPO, arXiv:2309.16240, table 1, f'(u) = log(2 u / (1 + u)).
+    Convention: TRL's `js_divergence`.
+
+    Args:
+      logps: f32[...], nats, of whole responses.
+      anchor_logps: as `logps`. The caller stops its gradient.
+      beta: positive.
+      where: as in `forward_kl_reward`.
+
+    Returns:
+      f32[...], 0 where policy and anchor agree.
+
+    Raises:
+      ValueError, TypeError: as `forward_kl_reward`.
+
+    >>> rewards = jensen_shannon_reward(
+    ...     jnp.array([0.0, 50.0]), anchor_logps=jnp.zeros(2), beta=1.0
+    ... )
+    >>> [round(float(r), 4) for r in rewards]
+    [0.0, 0.6931]
+    """
+    checks.check_positive("beta", beta)
+    ratio = _safe_log_ratio(logps, anchor_logps, where)
+    return beta * (math.log(2) + jax.nn.log_sigmoid(ratio))
+
+
+def alpha_divergence_reward(
+    logps, *, anchor_logps, beta: float, alpha: float, where=None
+):
+    """The implicit reward under an alpha-divergence, between the two directions of KL.
+
+        reward = beta (exp((alpha - 1) (logps - anchor_logps)) - 1) / (alpha - 1)
+
+    alpha towards 1 is `implicit_reward` (reverse KL), alpha = 0 `forward_kl_reward`.
+    With `logistic_loss` on it: f-DPO. The exponential is continued by its tangent
+    above an exponent of 40.
+
+    Source: f-DPO, arXiv:2309.16240, table 1, whose alpha is 1 minus this one and whose
+    f' differs by a constant that a pair cancels.
+    Convention: TRL's `alpha_divergence` with its `f_alpha_divergence_coef`, in (0, 1).
+
+    Args:
+      logps: f32[...], nats, of whole responses.
+      anchor_logps: as `logps`. The caller stops its gradient.
+      beta: positive.
+      alpha: in [0, 1).
+      where: as in `forward_kl_reward`.
+
+    Returns:
+      f32[...], 0 where policy and anchor agree.
+
+    Raises:
+      ValueError, TypeError: as `forward_kl_reward`; or `alpha` is out of range.
+
+    >>> reward = alpha_divergence_reward(
+    ...     jnp.array(-1.0), anchor_logps=jnp.array(-3.0), beta=0.1, alpha=0.5
+    ... )
+    >>> round(float(reward), 4)
+    0.1264
+    """
+    checks.check_positive("beta", beta)
+    if not 0 <= alpha < 1:
+        raise ValueError(
+            f"`alpha` must lie in [0, 1): at 1 the divergence is the reverse KL, "
+            f"`implicit_reward`; got {alpha}."
+        )
+    ratio = _safe_log_ratio(logps, anchor_logps, where)
+    return beta * (_exp((alpha - 1) * ratio) - 1) / (alpha - 1)
+
+
+def step_rewards(token_rewards, *, step_ids, num_steps: int, where=None):
+    """The reward of each step of a response: the sum over its tokens.
+
+        reward[s] = sum of token_rewards[t] over t with step_ids[t] == s
+
+    Source: OPRL, arXiv:2509.19199v1, equation 1, on token rewards
+    beta (log pi_phi - log pi_old).
+
+    Args:
+      token_rewards: f32[..., T], as `implicit_reward` of token logps.
+      step_ids: i32, broadcastable to `token_rewards`: 1..S, or 0 for a token of no
+        step.
+      num_steps: S.
+      where: bool, broadcastable to `token_rewards`. False: the token does not count.
+
+    Returns:
+      f32[..., S]. If every token that counts has a step, they add up to the reward of
+      the response.
+
+    Raises:
+      ValueError, TypeError: as `logps.step_sum`.
+
+    >>> step_rewards(jnp.array([1.0, 2.0, 4.0]), step_ids=jnp.array([1, 1, 2]),
+    ...              num_steps=2).tolist()
+    [3.0, 4.0]
+    """
+    return step_sum(token_rewards, step_ids=step_ids, num_steps=num_steps, where=where)
+
+
+def token_reward(
+    scores: Scores, anchor_scores: Scores, batch: ResponseBatch, *, beta: float
+):
+    """Implicit reward of each token, 0 where the mask has none: f32[B, K, T]."""
+    rewards = implicit_reward(scores.logp, anchor_logps=anchor_scores.logp, beta=beta)
+    return jnp.where(batch.loss_mask, rewards, 0.0)
 
 
 def sequence_reward(
@@ -55,10 +236,104 @@ def sequence_reward(
     Returns:
       f32[B, K].
     """
-    token_rewards = implicit_reward(
-        scores.logp, anchor_logps=anchor_scores.logp, beta=beta
-    )
-    return response_sum(token_rewards, where=batch.loss_mask)
+    return token_reward(scores, anchor_scores, batch, beta=beta).sum(-1)
+
+
+def step_reward(
+    scores: Scores,
+    anchor_scores: Scores,
+    batch: ResponseBatch,
+    *,
+    beta: float,
+    num_steps: int,
+):
+    """Implicit reward of each step, by `batch.step_ids`: f32[B, K, S].
+
+    Raises:
+      ValueError: the batch has no step ids.
+    """
+    if batch.step_ids is None:
+        raise ValueError(
+            "`step_reward` needs `batch.step_ids`; the batch has none. Build the "
+            "groups with `step_ids`."
+        )
+    rewards = token_reward(scores, anchor_scores, batch, beta=beta)
+    return step_rewards(rewards, step_ids=batch.step_ids, num_steps=num_steps)
+
+
+def length_normalized_reward(
+    scores: Scores, anchor_scores: Scores, batch: ResponseBatch, *, beta: float
+):
+    """beta times the mean log-ratio of a token: f32[B, K].
+
+    The anchor may give token logps or, as `anchors.fused` does, one mean logp a
+    response.
+    """
+    mean = response_mean(scores.logp, where=batch.loss_mask)
+    anchor = anchor_scores.mean_logp
+    if anchor is None:
+        anchor = response_mean(anchor_scores.logp, where=batch.loss_mask)
+    return implicit_reward(mean, anchor_logps=anchor, beta=beta)
+
+
+def length_desensitized_reward(
+    scores: Scores,
+    anchor_scores: Scores,
+    batch: ResponseBatch,
+    *,
+    beta: float,
+    alpha: float,
+):
+    """LD-DPO: tokens beyond the shorter response count alpha, on both sides: f32[B, 2].
+
+    Source: LD-DPO, arXiv:2409.06411, equations 8 to 11. Whether the paper weights the
+    anchor too is not verified; TRL 1.16 does.
+    Reduces to: `sequence_reward` at alpha = 1.
+    """
+    weights = length_desensitized_weights(batch.loss_mask, alpha=alpha)
+    rewards = token_reward(scores, anchor_scores, batch, beta=beta)
+    return response_sum(rewards, where=batch.loss_mask, weights=weights)
+
+
+def length_desensitized_policy_reward(
+    scores: Scores,
+    anchor_scores: Scores,
+    batch: ResponseBatch,
+    *,
+    beta: float,
+    alpha: float,
+):
+    """LD-DPO with the policy alone weighted: another, stronger penalty: f32[B, 2].
+
+    At the start the reward of the longer response is not 0 but
+    beta (1 - alpha) |log pi_ref(its tail)|.
+
+    Source: the form of TRL 0.19 to 0.25 and LLaMA-Factory, without their error in where
+    tokens are counted from.
+    Reduces to: `sequence_reward` at alpha = 1.
+    """
+    where = batch.loss_mask
+    weights = length_desensitized_weights(where, alpha=alpha)
+    policy = response_sum(scores.logp, where=where, weights=weights)
+    anchor = response_sum(anchor_scores.logp, where=where)
+    return implicit_reward(policy, anchor_logps=anchor, beta=beta)
+
+
+def explicit_reward(scores: Scores, anchor_scores: Scores, batch: ResponseBatch):
+    """A reward head's number for each response, without anchor or beta: f32[B, K].
+
+    Source: DPORM against EXRM, arXiv:2409.03650, its explicit reward model.
+
+    Raises:
+      ValueError: the method's `score` filled no `value`.
+    """
+    del anchor_scores, batch
+    if scores.value is None:
+        raise ValueError(
+            "`explicit_reward` needs `scores.value`; got None. Give the method a "
+            "`score` that runs a reward head."
+        )
+    return scores.value
 
 
 def log_likelihood(scores: Scores, anchor_scores: Scores, batch: ResponseBatch):

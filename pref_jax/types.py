@@ -28,12 +28,18 @@ Metrics = dict[str, tuple[Array, Array]]
 
 EXTRAS = {
     "anchor_logps": "BKT",
+    "explore": "BK",
     "margin": "B",
+    "source_lengths": "BKM",
+    "source_logps": "BKM",
 }
 """Optional fields of a batch: name -> its axes. Built and checked from the axes.
 
-`anchor_logps`: token logps of a fixed anchor, nats. `margin`: by how much the chosen
-response is better, in the unit of the data.
+`anchor_logps`: token logps of a fixed anchor, nats. `explore`: 1 for a response of the
+exploration sampler, else 0. `margin`: by how much the chosen response is better, in the
+unit of the data. `source_logps`, `source_lengths`: what M source models say of each
+response, nats summed over the tokens of their own tokenizers, and the number of these
+tokens; a length of 0 marks a source that did not score the response.
 """
 
 
@@ -119,6 +125,8 @@ class Scores:
       entropy: f32[B, K, T]. Entropy of the next-token distribution, nats.
       log_sum_sq: f32[B, K, T]. Log of the sum of squared probabilities.
       value: f32[B, K]. A reward head's number.
+      mean_logp: f32[B, K]. A log-probability of a token, averaged over each response:
+        all that an anchor fused from other models can give.
     """
 
     logp: Array | None = None
@@ -127,6 +135,7 @@ class Scores:
     entropy: Array | None = None
     log_sum_sq: Array | None = None
     value: Array | None = None
+    mean_logp: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

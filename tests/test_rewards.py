@@ -92,9 +92,13 @@ def test_log_likelihood_hands_on_the_policys_token_logps():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"beta": 0.0}, ValueError, "`beta` must be positive; got 0.0"),
-        ({"beta": -0.1}, ValueError, "`beta` must be positive; got -0.1"),
-        ({"beta": float("nan")}, ValueError, "`beta` must be positive; got nan"),
+        ({"beta": 0.0}, ValueError, "`beta` must be positive and finite; got 0.0"),
+        ({"beta": -0.1}, ValueError, "`beta` must be positive and finite; got -0.1"),
+        (
+            {"beta": float("nan")},
+            ValueError,
+            "`beta` must be positive and finite; got nan",
+        ),
         (
             {"anchor_logps": jnp.zeros((2, 1))},
             ValueError,

@@ -191,6 +191,12 @@ def _cut_responses(group: TokenGroup, lengths) -> TokenGroup:
             np.asarray(x)[:n] for x, n in zip(per_response, lengths, strict=True)
         )
 
+    whole = [name for name in group.extras if EXTRAS[name].endswith("M")]
+    if whole:
+        raise ValueError(
+            f"record {group.record} has {', '.join(whole)} of whole responses, and the "
+            f"policy `keep_start` would cut one. Use `drop`, or a longer row."
+        )
     extras = {
         name: cut(value) if EXTRAS[name].endswith("T") else value
         for name, value in group.extras.items()
@@ -304,6 +310,7 @@ def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
         "B": num_groups,
         "K": shape.num_responses,
         "T": shape.num_targets,
+        "M": _num_sources(groups),
     }
     row = {name: np.zeros((num_rows, row_length), np.int32) for name in _ROW_FIELDS}
     row["end"][:] = np.arange(1, row_length + 1)
@@ -429,6 +436,26 @@ def _check_group(group: TokenGroup, shape: RowShape, first: TokenGroup) -> None:
             f"record {group.record} has {len(group.labels)} labels and "
             f"{len(group.responses)} responses."
         )
+
+
+def _num_sources(groups: Sequence[TokenGroup]) -> int:
+    """M of the extras that have it, which all groups share; 0 without any."""
+    found = {
+        (group.record, name): np.shape(value)
+        for group in groups
+        for name, value in group.extras.items()
+        if EXTRAS[name].endswith("M")
+    }
+    shapes = set(found.values())
+    if len(shapes) > 1:
+        (record, name), shape = next(iter(found.items()))
+        (other, its), another = next(x for x in found.items() if x[1] != shape)
+        raise ValueError(
+            f"record {record} has {name} of the shape {shape}, record {other} has "
+            f"{its} of {another}; all need [K, M] for the same source models. Give a "
+            f"source that lacks a response the length 0."
+        )
+    return shapes.pop()[-1] if shapes else 0
 
 
 def _per_response(group: TokenGroup) -> dict:

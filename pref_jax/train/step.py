@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pref_jax import checks
 from pref_jax.method import Method, objective
 from pref_jax.train.state import TrainState
 from pref_jax.types import PyTree
@@ -104,7 +105,8 @@ def make_train_step(
       optimizer: an optax transformation.
       schedule: the optimiser's learning rate by updates done, for the metrics.
       num_microbatches: parts of the batch that are computed one after the other; loss,
-        metrics and gradient are those of the whole batch.
+        metrics and gradient are those of the whole batch. With more than one, what
+        looks across the batch (`losses.batch_coupled`) is an error.
 
     Returns:
       (state, batch) -> (state, outputs). `outputs["metrics"]` are float32 scalars: the
@@ -127,12 +129,13 @@ def make_train_step(
                 grads, (sums, finite) = gradient(state.params, part)
                 return jax.tree.map(jnp.add, total, (grads, sums)), finite
 
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, state.params, first)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0])
-            )
-            (grads, sums), finite = jax.lax.scan(accumulate, zeros, parts)
+            with checks.microbatches(num_microbatches):
+                first = jax.tree.map(lambda x: x[0], parts)
+                shapes = jax.eval_shape(gradient, state.params, first)
+                zeros = jax.tree.map(
+                    lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0])
+                )
+                (grads, sums), finite = jax.lax.scan(accumulate, zeros, parts)
             finite = _undo_split(finite, _num_rows(batch))
         _, denominator = sums["loss"]
         grads = jax.tree.map(lambda g: _divide(g, denominator), grads)

@@ -341,7 +341,7 @@ def test_wrong_arguments_are_named(rewards, options, error, message):
 def test_dpo_names_its_own_arguments():
     with pytest.raises(ValueError, match="`anchor_logps` needs the shape of `logps`"):
         dpo_loss(jnp.zeros((3, 2)), anchor_logps=jnp.zeros((2,)), beta=0.1)
-    with pytest.raises(ValueError, match="`beta` must be positive; got 0"):
+    with pytest.raises(ValueError, match="`beta` must be positive and finite; got 0"):
         dpo_loss(jnp.zeros((3, 2)), anchor_logps=jnp.zeros((3, 2)), beta=0)
     with pytest.raises(TypeError, match="takes 1 positional argument"):
         dpo_loss(jnp.zeros((3, 2)), jnp.zeros((3, 2)), beta=0.1)

@@ -1,0 +1,228 @@
+"""What looks across the whole batch: statistics for unpaired losses, and AOT.
+
+Given a part of the batch these are other numbers, so inside a step that accumulates
+gradients over micro-batches they are an error. Devices need no care: under `jax.jit`
+an array is the global batch however it is sharded.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pref_jax import checks
+from pref_jax.losses.entries import (
+    fill,
+    inclusion,
+    pair_metrics,
+    read_pair,
+    results,
+)
+from pref_jax.losses.pairwise import logistic_loss
+from pref_jax.rewards import implicit_reward
+from pref_jax.types import CHOSEN, REJECTED
+
+
+def _mean(values, include):
+    """Mean over the entries of `include`; 0 if there are none."""
+    total = jnp.where(include, values, 0.0).sum()
+    return total / jnp.maximum(include.sum(), 1)
+
+
+def _statistic(name, rewards, where):
+    checks.check_whole_batch(name)
+    checks.check_floating("rewards", rewards)
+    rewards = jax.lax.stop_gradient(checks.at_least_float32(rewards))
+    where = inclusion(where, shape=rewards.shape, of="rewards")
+    return rewards, jnp.ones(rewards.shape, bool) if where is None else where
+
+
+def mean_kl(rewards, *, where=None):
+    """KTO's reference point: beta times an estimate of KL(policy || anchor).
+
+        kl = max(0, mean(rewards))
+
+    over responses that do not belong to their prompts: each prompt of the batch with
+    the response of another.
+
+    Source: KTO, arXiv:2402.01306, section 4.1, the estimate of z_0.
+
+    Args:
+      rewards: f32[...], nats, scaled by beta, of mismatched prompts and responses.
+      where: bool, broadcastable to `rewards`. False: not counted.
+
+    Returns:
+      f32[], without gradient; 0 if nothing is counted.
+
+    Raises:
+      ValueError: `where` does not fit, or this is a part of a batch only.
+      TypeError: `rewards` is not floating-point or `where` is not boolean.
+
+    >>> rewards, where = jnp.array([1.0, 2.0, -9.0]), jnp.array([True, True, False])
+    >>> float(mean_kl(rewards, where=where))
+    1.5
+    """
+    rewards, where = _statistic("mean_kl", rewards, where)
+    return jnp.maximum(_mean(rewards, where), 0.0)
+
+
+def reward_shift(rewards, *, desirable, where=None):
+    """BCO's shift of this batch: the middle between the two labels' mean rewards.
+
+        delta = (mean of the desirable + mean of the undesirable) / 2
+
+    Source: BCO, arXiv:2404.04656, section 4.1, which keeps a running mean of it.
+
+    Args:
+      rewards: f32[...], nats, scaled by beta.
+      desirable: bool, broadcastable to `rewards`.
+      where: bool, broadcastable to `rewards`. False: not counted.
+
+    Returns:
+      f32[], without gradient. A label without entries counts as a mean of 0.
+
+    Raises:
+      ValueError: a shape does not fit, or this is a part of a batch only.
+      TypeError: `rewards` is not floating-point, or `desirable` or `where` is not
+        boolean.
+
+    >>> rewards, desirable = jnp.array([3.0, 1.0, -1.0]), jnp.array([True, True, False])
+    >>> float(reward_shift(rewards, desirable=desirable))
+    0.5
+    """
+    rewards, where = _statistic("reward_shift", rewards, where)
+    checks.check_bool("desirable", desirable)
+    checks.check_broadcast("desirable", desirable, to=rewards.shape, of="rewards")
+    desirable = jnp.broadcast_to(desirable, rewards.shape)
+    return (_mean(rewards, where & desirable) + _mean(rewards, where & ~desirable)) / 2
+
+
+def _of_same_rank(values, others, where):
+    """For each of f32[B]: the one of `others` that stands at the same rank.
+
+    Dropped entries stand last in both, so that ranks count the rest.
+    """
+
+    def order(x):
+        return jnp.argsort(fill(jax.lax.stop_gradient(x), where, jnp.inf), stable=True)
+
+    rank = jnp.argsort(order(values), stable=True)
+    return others[order(others)][rank]
+
+
+def _read_batch(name, array, where, loss):
+    checks.check_whole_batch(loss)
+    array, where = read_pair(name, array, where)
+    if array.ndim != 2:
+        raise ValueError(
+            f"`{name}` needs the shape [B, 2], the whole batch: `{loss}` sorts it; got "
+            f"{checks.describe(array)}. For several batches use `jax.vmap`."
+        )
+    return array, where
+
+
+def aot_loss(
+    logps,
+    *,
+    anchor_logps,
+    beta: float,
+    label_smoothing: float = 0.0,
+    where=None,
+):
+    """Optimal transport: the policy's margins should dominate the anchor's, sorted.
+
+        loss = logistic(beta (g[b] - the anchor's gap of the same rank)),
+        g[b] = logps[b, w] - logps[b, l]
+
+    with the policy's and the anchor's gaps sorted over the batch.
+
+    Source: AOT, arXiv:2406.05882, section 3.2, the paired form with the logistic loss.
+    Convention: TRL's `aot`. What its earlier versions and EasyDeL call `aot_pair` is
+    `aot_unpaired_loss`.
+    Looks across the batch: all of it, [B, 2]. TRL sorts what each device holds.
+    Reduces to: `dpo_loss` where the two gaps have one order.
+
+    Args:
+      logps: f32[B, 2], nats, summed over the tokens of each response. Chosen in slot 0.
+      anchor_logps: as `logps`, of the reference. No gradient reaches it.
+      beta: reward per nat, positive.
+      label_smoothing: as in `logistic_loss`.
+      where: bool[B]. False drops the pair from both sorts.
+
+    Returns:
+      loss, f32[B], not reduced, in the order of the batch; metrics as `logistic_loss`,
+      of each pair's own implicit rewards.
+
+    Raises:
+      ValueError, TypeError: as `dpo_loss`; or the shape is not [B, 2], or this is a
+        part of a batch only.
+
+    >>> logps = jnp.array([[-1.0, -2.0], [-1.0, -4.0]])
+    >>> anchor_logps = jnp.array([[-1.0, -4.0], [-1.0, -2.0]])
+    >>> loss, _ = aot_loss(logps, anchor_logps=anchor_logps, beta=0.1)
+    >>> [round(float(x), 4) for x in loss]
+    [0.6931, 0.6931]
+    """
+    rewards = implicit_reward(
+        logps, anchor_logps=jax.lax.stop_gradient(anchor_logps), beta=beta
+    )
+    rewards, _ = _read_batch("logps", rewards, where, "aot_loss")
+    logps, where = read_pair("logps", logps, where)
+    anchor_logps, _ = read_pair("anchor_logps", anchor_logps, where)
+    gap = logps[:, CHOSEN] - logps[:, REJECTED]
+    anchor_gap = anchor_logps[:, CHOSEN] - anchor_logps[:, REJECTED]
+    anchor_gap = jax.lax.stop_gradient(_of_same_rank(gap, anchor_gap, where))
+    loss, _ = logistic_loss(
+        beta * jnp.stack([gap, anchor_gap], axis=-1),
+        label_smoothing=label_smoothing,
+        where=where,
+    )
+    return results(loss, pair_metrics(rewards), where)
+
+
+def aot_unpaired_loss(
+    rewards,
+    *,
+    label_smoothing: float = 0.0,
+    where=None,
+):
+    """Optimal transport: chosen rewards should dominate rejected ones, both sorted.
+
+        loss = logistic(rewards[b, w] - the rejected reward of the same rank)
+
+    with the chosen and the rejected rewards sorted over the batch, whichever prompt
+    they answer.
+
+    Source: AOT, arXiv:2406.05882, section 3.1, the unpaired form with the logistic
+    loss.
+    Convention: TRL's `aot_unpaired`; `aot_pair` of its earlier versions and EasyDeL.
+    Looks across the batch: all of it, [B, 2].
+    Reduces to: `logistic_loss` where the two have one order.
+
+    Args:
+      rewards: f32[B, 2], nats; already scaled by beta.
+      label_smoothing: as in `logistic_loss`.
+      where: bool[B]. False drops both responses.
+
+    Returns:
+      loss, f32[B], not reduced, in the order of the chosen responses; metrics as
+      `logistic_loss`, of the pairs as they came.
+
+    Raises:
+      ValueError, TypeError: as `logistic_loss`; or the shape is not [B, 2], or this is
+        a part of a batch only.
+
+    >>> rewards = jnp.array([[1.0, 2.0], [2.0, 1.0]])
+    >>> loss, _ = aot_unpaired_loss(rewards)
+    >>> [round(float(x), 4) for x in loss]
+    [0.6931, 0.6931]
+    """
+    rewards, where = _read_batch("rewards", rewards, where, "aot_unpaired_loss")
+    chosen, rejected = rewards[:, CHOSEN], rewards[:, REJECTED]
+    matched = _of_same_rank(chosen, rejected, where)
+    loss, _ = logistic_loss(
+        jnp.stack([chosen, matched], axis=-1),
+        label_smoothing=label_smoothing,
+        where=where,
+    )
+    return results(loss, pair_metrics(rewards), where)

@@ -1,0 +1,98 @@
+"""What every loss does at its door: check, widen, drop; and with its results: mask.
+
+A dropped entry must not reach the maths: a NaN there would give a NaN gradient even
+where the result is masked. So it is replaced on the way in, and masked on the way out.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pref_jax import checks
+from pref_jax.types import CHOSEN, REJECTED
+
+LISTWISE = "A list of more than two responses needs a listwise loss: `losses.listwise`."
+
+
+def inclusion(where, *, shape: tuple[int, ...], of: str):
+    """`where` checked and broadcast to `shape`, that of argument `of`; None stays."""
+    if where is None:
+        return None
+    checks.check_bool("where", where)
+    checks.check_broadcast("where", where, to=shape, of=of)
+    return jnp.broadcast_to(where, shape)
+
+
+def fill(array, where, value: float = 0.0):
+    """The array with `value` in dropped entries, and no gradient from there.
+
+    Args:
+      array: [..., ...].
+      where: None, or bool of the leading axes of `array`.
+      value: what the maths can take.
+
+    >>> fill(jnp.array([[1.0, 2.0], [jnp.nan, 3.0]]), jnp.array([True, False])).tolist()
+    [[1.0, 2.0], [0.0, 0.0]]
+    """
+    if where is None:
+        return array
+    trailing = (1,) * (array.ndim - where.ndim)
+    return jnp.where(where.reshape(*where.shape, *trailing), array, value)
+
+
+def read_pair(name: str, array, where):
+    """A checked pair in float32 or wider, and `where` of its leading axes.
+
+    Returns:
+      f32[..., 2] without what `where` drops; bool[...] or None.
+    """
+    checks.check_floating(name, array)
+    checks.check_pair(name, array, use_instead=LISTWISE)
+    array = checks.at_least_float32(array)
+    where = inclusion(where, shape=array.shape[:-1], of=name)
+    return fill(array, where), where
+
+
+def read_constant(name: str, array, *, like, of: str, where=None, dropped=0.0):
+    """What the data says, of the shape and dtype of `like`, without gradient.
+
+    Args:
+      name: of the argument, for messages.
+      array: numbers or booleans that broadcast to the shape of `like`.
+      like: f32[...], the array that it belongs to.
+      of: the name of `like`.
+      where: None, or bool of the leading axes of `like`.
+      dropped: the value of entries that `where` drops.
+    """
+    array = jnp.asarray(array, like.dtype)
+    checks.check_broadcast(name, array, to=like.shape, of=of)
+    array = jnp.broadcast_to(array, like.shape)
+    return fill(jax.lax.stop_gradient(array), where, dropped)
+
+
+def read_lengths(lengths, *, like, of: str, where=None):
+    """Numbers of tokens of the shape of `like`; at least 1, so that one can divide."""
+    lengths = read_constant("lengths", lengths, like=like, of=of, where=where)
+    return jnp.maximum(lengths, 1.0)
+
+
+def accuracy(margin):
+    """1 where the margin is positive, 0 where negative, one half at a tie."""
+    return jnp.heaviside(margin, 0.5)
+
+
+def pair_metrics(rewards) -> dict[str, jax.Array]:
+    """The metrics of a pair of rewards f32[..., 2], each f32[...]."""
+    chosen, rejected = rewards[..., CHOSEN], rewards[..., REJECTED]
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margin": chosen - rejected,
+        "rewards/accuracy": accuracy(chosen - rejected),
+    }
+
+
+def results(loss, metrics, where):
+    """(loss, metrics) of one shape, exactly 0 in dropped entries."""
+    return fill(loss, where), {name: fill(x, where) for name, x in metrics.items()}
