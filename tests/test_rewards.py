@@ -1,6 +1,7 @@
 """Rewards: beta scales once, tokens add up, masked tokens never count."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +95,7 @@ def test_log_likelihood_hands_on_the_policys_token_logps():
     [
         ({"beta": 0.0}, ValueError, "`beta` must be positive and finite; got 0.0"),
         ({"beta": -0.1}, ValueError, "`beta` must be positive and finite; got -0.1"),
-        (
-            {"beta": float("nan")},
-            ValueError,
-            "`beta` must be positive and finite; got nan",
-        ),
+        ({"beta": math.nan}, ValueError, "`beta` must be positive and finite; got nan"),
         (
             {"anchor_logps": jnp.zeros((2, 1))},
             ValueError,
