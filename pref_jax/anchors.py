@@ -178,6 +178,7 @@ def clip_to_initial(source_logps, *, initial_logps):
     win by, never a negative one.
 
     Source: InfiFPO, arXiv:2505.13878, equation 11, in logarithms.
+    Checked: one value computed from the authors' sample row, by hand.
 
     Args:
       source_logps: f32[..., 2, M], nats: mean log-probability of a token, each source
@@ -240,6 +241,7 @@ def fuse_max_margin(source_logps, *, pivot_logps, where=None):
     Chosen for each response by itself; of equal margins the first source is taken.
 
     Source: InfiFPO, arXiv:2505.13878, equation 12.
+    Checked: one value computed from the authors' sample row, by hand.
 
     Args:
       source_logps: f32[..., M], nats: mean log-probability of a token of the response,
@@ -275,6 +277,7 @@ def fuse_average(source_logps, *, pivot_logps, where=None):
         fused = 1/M sum_i source_logps[i]
 
     Source: InfiFPO, arXiv:2505.13878, appendix D.
+    Checked: one value computed from the authors' sample row, by hand.
 
     Args, returns and errors as `fuse_max_margin`; the pivot stands in where no source
     is.
@@ -295,6 +298,7 @@ def fuse_confidence(source_logps, *, pivot_logps, where=None, epsilon: float = 1
 
     Source: InfiFPO, arXiv:2505.13878, appendix D: the printed ratio; the text says
     softmax.
+    Checked: one value computed from the authors' sample row, by hand.
 
     Args:
       source_logps: as in `fuse_max_margin`; above 0 counts as 0 in the weights.

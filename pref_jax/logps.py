@@ -356,6 +356,7 @@ def length_desensitized_weights(where, *, alpha: float):
     Source: LD-DPO, arXiv:2409.06411, equations 8 to 11, in logarithms. Tokens are
     counted from the first of the response, wherever the response begins.
     Reduces to: DPO at alpha = 1; both responses cut to n tokens at alpha = 0.
+    Checked: against TRL 1.16.0 (`ld_alpha`) in value and gradient.
 
     Args:
       where: bool[..., 2, T]. True: the token is one of the response's.
@@ -394,6 +395,7 @@ def wpo_weights(token_logps, *, log_sum_sq, where):
 
     Source: WPO, arXiv:2406.11827, equation 2 and its sampled alignment.
     Convention: not cut at 1, as in TRL 1.16; earlier versions cut the product.
+    Checked: against TRL 1.16.0 (`use_weighting`) in value and gradient.
 
     Args:
       token_logps: f32[..., T], nats.

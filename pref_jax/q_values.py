@@ -70,6 +70,7 @@ def logit_values(logits, *, beta: float) -> LogitValues:
         q = beta logits,  value = beta logsumexp(logits),  advantage = q - value
 
     Source: as the module.
+    Checked: on a token MDP solved exactly.
 
     Args:
       logits: [..., V].
@@ -136,6 +137,7 @@ def token_rewards(
     to beta times the log-ratio of the response plus the value of the prompt.
 
     Source: arXiv:2404.12358, section 4.2; potential shaping of the log-ratio.
+    Checked: on a token MDP solved exactly.
 
     Args:
       logps: f32[..., T], nats.
@@ -181,6 +183,7 @@ def soft_bellman_residual(
     `token_rewards` of the same values it is 0 by construction.
 
     Source: arXiv:2404.12358, section 4.1.
+    Checked: on a token MDP solved exactly.
 
     Args:
       q: f32[..., T], of the tokens as they came.

@@ -29,6 +29,7 @@ def implicit_reward(logps, *, anchor_logps, beta: float):
 
     Source: DPO, arXiv:2305.18290v3, section 4, equation 5, without the term that is
     the same for all responses of a prompt.
+    Checked: against TRL 1.16.0 through `dpo_loss`.
 
     Args:
       logps: f32[...], nats, of responses or of tokens.
@@ -87,6 +88,8 @@ def forward_kl_reward(logps, *, anchor_logps, beta: float, where=None):
     Source: f-DPO, arXiv:2309.16240, table 1, f'(u) = -1 / u, plus a constant that a
     pair cancels.
     Convention: TRL's `forward_kl`, whose constant is 1.
+    Checked: with `logistic_loss` against TRL 1.16.0 (`forward_kl`) in value and
+    gradient, below the tangent.
 
     Args:
       logps: f32[...], nats, of whole responses.
@@ -120,6 +123,8 @@ def jensen_shannon_reward(logps, *, anchor_logps, beta: float, where=None):
 
     Source: f-DPO, arXiv:2309.16240, table 1, f'(u) = log(2 u / (1 + u)).
     Convention: TRL's `js_divergence`.
+    Checked: with `logistic_loss` against TRL 1.16.0 (`js_divergence`) in value and
+    gradient.
 
     Args:
       logps: f32[...], nats, of whole responses.
@@ -158,6 +163,8 @@ def alpha_divergence_reward(
     Source: f-DPO, arXiv:2309.16240, table 1, whose alpha is 1 minus this one and whose
     f' differs by a constant that a pair cancels.
     Convention: TRL's `alpha_divergence` with its `f_alpha_divergence_coef`, in (0, 1).
+    Checked: with `logistic_loss` against TRL 1.16.0 (`alpha_divergence`) in value
+    and gradient, below the tangent.
 
     Args:
       logps: f32[...], nats, of whole responses.
@@ -195,6 +202,7 @@ def step_rewards(token_rewards, *, step_ids, num_steps: int, where=None):
 
     Source: OPRL, arXiv:2509.19199v1, equation 1, on token rewards
     beta (log pi_phi - log pi_old).
+    Checked: one source, the paper's equation.
 
     Args:
       token_rewards: f32[..., T], as `implicit_reward` of token logps.

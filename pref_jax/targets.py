@@ -63,6 +63,7 @@ def soft(grades, *, temperature: float, where=None):
 
     Source: ADPO, arXiv:2510.18913v6, the pairwise soft target (the equation's number
     is not verified).
+    Checked: one source, the paper's equation.
 
     Args:
       grades: [..., 2].
@@ -90,6 +91,7 @@ def softmax(grades, *, temperature: float, where=None):
 
     Source: ADPO, arXiv:2510.18913v6, the listwise target, whose beta_r is the
     temperature (the equation's number is not verified).
+    Checked: one source, the paper's equation.
 
     Args:
       grades: [..., K], finite.
@@ -163,6 +165,7 @@ def kde(grades, *, temperature: float, bandwidth: float | None = None, where=Non
 
     Source: ADPO, arXiv:2510.18913v1, which names smoothing of ranks by kernel density
     against heavy tails; the formula is ours, the paper's is not verified.
+    Checked: no source: ours.
 
     Args:
       grades: [..., K], finite.
@@ -204,6 +207,7 @@ def ndcg_weights(relevance, *, ranks):
         weight = (2^relevance - 1) / log2(1 + rank)
 
     Source: IRPO, arXiv:2504.15477 (the equation's number is not verified).
+    Checked: two sources, the paper's and the authors' code as read.
 
     Args:
       relevance: [..., K], graded, 0 or more.
@@ -227,6 +231,7 @@ def reciprocal_rank_weights(relevance, *, ranks):
         weight = (2^relevance - 1) / rank
 
     Source: the code released with IRPO, arXiv:2504.15477.
+    Checked: one source, the authors' code as read.
 
     Args:
       relevance: [..., K], graded, 0 or more.
@@ -251,6 +256,7 @@ def position_weights(ranks):
         weight = 1 / log2(1 + rank)
 
     Source: the code released with IRPO, arXiv:2504.15477.
+    Checked: one source, the authors' code as read.
 
     Args:
       ranks: [..., K]: the place of each item in the target order, 1 first.

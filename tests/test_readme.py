@@ -17,6 +17,7 @@ PAGES = (
     "docs/your_data.md",
     "docs/evaluation.md",
     "docs/benchmarks.md",
+    "docs/losses.md",
 )
 
 

@@ -35,6 +35,7 @@ def simpo_loss(
     Convention: gamma stands outside beta, as in the paper. Where a library takes the
     ratio gamma / beta, multiply it by beta.
     Reduces to: `logistic_loss` with `margin` = gamma on beta times the mean logps.
+    Checked: against TRL 1.16.0 (its CPO trainer, `simpo`) in value and gradient.
 
     Args:
       logps: f32[..., 2], nats, summed over the tokens of each response. Chosen in
@@ -82,6 +83,9 @@ def orpo_loss(logps, *, lengths, lambda_: float, where=None):
     Source: ORPO, arXiv:2403.07691, equations 6 and 7.
     Convention: the likelihood is a mean over the tokens of the response. Earlier
     versions of Tunix took sums, and the prompt into the likelihood.
+    Reduces to: the mean likelihood of the chosen response at lambda_ = 0.
+    Checked: the odds ratio against TRL 1.16.0 in value and gradient; values of
+    Tunix for both terms.
 
     Args:
       logps: f32[..., 2], nats, summed over the tokens of each response. Chosen in
@@ -126,6 +130,8 @@ def cpo_loss(
     Source: CPO, arXiv:2401.08417, equations 3 to 5, where alpha is 1.
     Convention: the likelihood is of the whole response, as in the paper. TRL takes the
     mean over the tokens of a batch.
+    Reduces to: `dpo_loss` with an anchor of all zeros at alpha = 0.
+    Checked: the preference term against TRL 1.16.0 in value and gradient.
 
     Args:
       logps: f32[..., 2], nats, summed over the tokens of each response. Chosen in

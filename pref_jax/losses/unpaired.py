@@ -51,9 +51,10 @@ def kto_loss(
         undesirable:  loss = undesirable_weight (1 - s(kl - rewards))
 
     Source: KTO, arXiv:2402.01306, equations 7 and 8.
-    Looks across the batch through `kl`: an estimate of beta KL(policy || anchor), by
+    Looks across the batch: through `kl`, an estimate of beta KL(policy || anchor), by
     the authors `mean_kl` of the rewards of mismatched prompts and responses. It
     carries no gradient.
+    Checked: against TRL 1.16.0 (its KTO trainer) in value and gradient.
 
     Args:
       rewards: f32[...], nats; already scaled by beta. One entry a response.
@@ -97,10 +98,11 @@ def bco_loss(rewards, *, desirable, delta, where=None):
 
     Source: BCO, arXiv:2404.04656, section 4.1 (the equation's number is not verified);
     its weights for data of two distributions are a choice of `Method.weight`.
-    Looks across the batch through `delta`: a running mean of `reward_shift`. It carries
-    no gradient.
+    Looks across the batch: through `delta`, a running mean of `reward_shift`. It
+    carries no gradient.
     Convention: TRL's `bco_pair` leaves the shift out (delta = 0) and adds up the two of
     a pair; EasyDeL shifts by the batch's mean.
+    Checked: against TRL 1.16.0 (`bco_pair`) in value and gradient, without a shift.
 
     Args:
       rewards: f32[...], nats; already scaled by beta. One entry a response.
