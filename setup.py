@@ -41,7 +41,10 @@ setup(
         "tensorboardX",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18"),
+            *("nbclient", "nbformat", "ipykernel"),
+        ],
         "parity": ["torch==2.13.0", "trl==1.16.0"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],  # runs on newer drivers too; cuda13 would not on older
