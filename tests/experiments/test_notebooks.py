@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and say what they said when they were stored."""
+"""The notebooks run from top to bottom, and print what they printed when stored."""
 
 from pathlib import Path
 
