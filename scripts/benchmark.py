@@ -18,16 +18,22 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
                   that takes it, of a model of 19 million parameters
     sampler       tokens per second of the sampler, K samples of a prompt kept once,
                   against the prompt repeated K times
+    losses        every loss with its metrics and gradient, on [4096, 2] or [512, 32],
+                  against TRL's same loss where it has one and torch is installed
+    import        a fresh Python that imports `pref_jax.losses`, against one that
+                  imports jax alone
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import logging
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +45,7 @@ import numpy as np
 import optax
 import tyro
 
+import loss_variants
 from pref_jax import anchors, rewards
 from pref_jax.data import readers, rows, sources, templates, token_cache
 from pref_jax.data.records import Records, from_objects
@@ -52,6 +59,8 @@ from pref_jax.train.run import environment, write_json
 from pref_jax.train.state import init_state
 from pref_jax.train.step import make_train_step
 from pref_jax.types import TokenGroup
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 _logger = logging.getLogger("pref_jax.benchmark")
 
@@ -143,16 +152,35 @@ def measure(name: str, variants: list[Variant], config: Config) -> dict:
                 for call in range(config.calls)
             )
             result[f"{key}_rate"] = round(done / float(times.sum()), 3)
-    first, second = (results[variant.name] for variant in variants[:2])
     line = {
         "name": name,
         "dtype": config.dtype,
         "calls": config.calls,
         "variants": results,
-        "time_ratio": round(second["median_seconds"] / first["median_seconds"], 3),
-        "temp_bytes_ratio": _ratio(second["temp_bytes"], first["temp_bytes"]),
-        "ratio_is": f"{variants[1].name} / {variants[0].name}",
-        "environment": environment(),
+    }
+    if len(variants) > 1:
+        first, second = (results[variant.name] for variant in variants[:2])
+        line |= {
+            "time_ratio": round(second["median_seconds"] / first["median_seconds"], 3),
+            "temp_bytes_ratio": _ratio(second["temp_bytes"], first["temp_bytes"]),
+            "ratio_is": f"{variants[1].name} / {variants[0].name}",
+        }
+    return line
+
+
+def measure_case(name: str, config: Config) -> dict:
+    """The line of a case, or of a case of many parts."""
+    found = CASES[name](config)
+    if isinstance(found, dict):
+        parts = [measure(part, variants, config) for part, variants in found.items()]
+        line = {"name": name, "dtype": config.dtype, "parts": parts}
+    else:
+        line = measure(name, found, config)
+    line["environment"] = environment()
+    line["environment"]["versions"] |= {
+        package: importlib.metadata.version(package)
+        for package in ("torch", "trl")
+        if package in sys.modules
     }
     return line
 
@@ -538,6 +566,40 @@ def sampler(config: Config) -> list[Variant]:
     ]
 
 
+def losses(config: Config) -> dict[str, list[Variant]]:
+    """Each loss with its metrics and gradient, and TRL's where there is one."""
+    trl = loss_variants.trl_losses()
+    parts = {}
+    for name, case in loss_variants.cases(config.seed).items():
+        ours = loss_variants.value_and_gradient(case)
+        shape = f"[{', '.join(map(str, case.array.shape))}]"
+        count = [{"entries": len(case.array)}]
+        parts[name] = [Variant("pref_jax", ours, [(case.array,)], count, shape)]
+        if trl is not None and case.trl is not None:
+            theirs = loss_variants.trl_value_and_gradient(case, trl)
+            arguments = [(np.asarray(case.array),)]
+            parts[name].append(
+                Variant("TRL", theirs, arguments, count, shape, host=True)
+            )
+    return parts
+
+
+def import_time(config: Config) -> list[Variant]:
+    """A fresh process each."""
+    del config
+
+    def start(program):
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+    return [
+        Variant(name, start, [(program,)], [{"starts": 1}], program, host=True)
+        for name, program in (
+            ("losses", "import pref_jax.losses"),
+            ("jax alone", "import jax.numpy"),
+        )
+    ]
+
+
 CASES = {
     "scoring": scoring,
     "attention": attention,
@@ -546,6 +608,8 @@ CASES = {
     "tokenise": tokenise,
     "input": input_pipeline,
     "sampler": sampler,
+    "losses": losses,
+    "import": import_time,
 }
 
 
@@ -554,7 +618,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     config = tyro.cli(Config, description=__doc__)
     for name in config.cases or CASES:
-        line = measure(name, CASES[name](config), config)
+        line = measure_case(name, config)
         print(json.dumps(line), flush=True)
         if config.write is not None:
             folder = pathlib.Path(config.write)

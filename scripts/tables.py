@@ -141,7 +141,7 @@ def benchmarks(records) -> str:
     """Ratios of the benchmark cases."""
     rows = []
     for name, record in records.items():
-        if not name.startswith("benchmark_"):
+        if not name.startswith("benchmark_") or "parts" in record:
             continue
         first, second = record["variants"].items()
         rates = [key for key in first[1] if key.endswith("_rate")]
@@ -170,6 +170,28 @@ def benchmarks(records) -> str:
         "device",
     ]
     return markdown(columns, rows)
+
+
+def loss_benchmarks(records) -> str:
+    """Every loss with its gradient: alone, and TRL's time over ours."""
+    record = records.get("benchmark_losses")
+    if record is None:
+        return "not run\n"
+    rows = []
+    for part in record["parts"]:
+        ours = part["variants"]["pref_jax"]
+        times = (ours["median_seconds"], *ours["iqr_seconds"])
+        median, low, high = (f"{1e3 * seconds:.2f}" for seconds in times)
+        ratio = f"{part['time_ratio']:.1f}" if "time_ratio" in part else "-"
+        shape = ours["shape"]
+        rows.append([part["name"], shape, f"{median} [{low}, {high}]", ratio])
+    environment = record["environment"]
+    versions = environment["versions"]
+    text = f"\nOn {environment['device']}, jax {versions['jax']}"
+    if "trl" in versions:
+        text += f"; TRL {versions['trl']} with torch {versions['torch']}"
+    columns = ["loss", "shape", "pref_jax, ms [quartiles]", "time TRL / pref_jax"]
+    return markdown(columns, rows) + f"{text}.\n"
 
 
 def data_sets(records) -> str:
@@ -203,6 +225,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-models": quickstart_models,
     "quickstart-setting": quickstart_setting,
     "benchmarks": benchmarks,
+    "loss-benchmarks": loss_benchmarks,
     "data-sets": data_sets,
 }
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
 
 import jax
 import numpy as np
 import pytest
 
+import loss_variants
+from pref_jax import losses
 from scripts import benchmark
 
 SMALL = benchmark.Config(
@@ -100,3 +103,38 @@ def test_the_input_case_makes_the_batch_that_its_step_takes(monkeypatch):
 def test_tokenising_many_records_gives_what_one_by_one_gives():
     many, one_by_one = benchmark.tokenise(SMALL)
     assert many.function() == one_by_one.function() == many.count[0]["pairs"]
+
+
+def test_every_loss_is_measured():
+    arrays = {name: case.array.shape for name, case in loss_variants.cases(0).items()}
+    statistics = {"mean_kl", "reward_shift"}
+    assert set(arrays) == set(losses.__all__) - statistics
+    assert set(arrays.values()) == {(4096, 2), (512, 32)}
+
+
+def test_a_loss_is_measured_with_its_metrics_and_gradient():
+    case = loss_variants.cases(0)["logistic_loss"]
+    (loss, metrics), gradient = loss_variants.value_and_gradient(case)(case.array)
+    expected, _ = case.call(case.array)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
+    assert "rewards/margin" in metrics
+    assert gradient.shape == case.array.shape and np.asarray(gradient).any()
+
+
+def test_a_case_of_many_parts_has_a_line_for_each(monkeypatch):
+    cases = {name: loss_variants.cases(0)[name] for name in ("dpo_loss", "sdpo_loss")}
+    monkeypatch.setattr(loss_variants, "cases", lambda seed: cases)
+    monkeypatch.setattr(loss_variants, "trl_losses", lambda: None)
+    line = benchmark.measure_case("losses", SMALL)
+    assert [part["name"] for part in line["parts"]] == ["dpo_loss", "sdpo_loss"]
+    for part in line["parts"]:
+        assert part["variants"]["pref_jax"]["median_seconds"] > 0
+        assert "time_ratio" not in part
+    assert line["environment"]["versions"]["jax"] == jax.__version__
+
+
+def test_the_import_is_that_of_a_fresh_process():
+    ours, alone = benchmark.CASES["import"](SMALL)
+    assert ours.host and alone.host
+    with pytest.raises(subprocess.CalledProcessError):
+        ours.function("import sys; assert 'jax' in sys.modules")
