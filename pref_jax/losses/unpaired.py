@@ -50,7 +50,7 @@ def kto_loss(
         desirable:    loss = desirable_weight   (1 - s(rewards - kl))
         undesirable:  loss = undesirable_weight (1 - s(kl - rewards))
 
-    Source: KTO, arXiv:2402.01306, equations 7 and 8.
+    Source: KTO, arXiv:2402.01306, section 4.1, equation 7.
     Looks across the batch: through `kl`, an estimate of beta KL(policy || anchor), by
     the authors `mean_kl` of the rewards of mismatched prompts and responses. It
     carries no gradient.
