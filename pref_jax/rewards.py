@@ -57,12 +57,13 @@ def _log_ratio(logps, anchor_logps):
     for name, array in (("logps", logps), ("anchor_logps", anchor_logps)):
         checks.check_floating(name, array)
     checks.check_same_shape("anchor_logps", anchor_logps, like=logps, of="logps")
-    return logps - anchor_logps
+    # Widened first: two bfloat16 numbers that nearly cancel would leave nothing.
+    return checks.at_least_float32(logps) - checks.at_least_float32(anchor_logps)
 
 
 def _safe_log_ratio(logps, anchor_logps, where):
-    """The log-ratio in float32 or wider, 0 where dropped: for curved rewards."""
-    ratio = checks.at_least_float32(_log_ratio(logps, anchor_logps))
+    """The log-ratio, 0 where dropped: for curved rewards."""
+    ratio = _log_ratio(logps, anchor_logps)
     if where is None:
         return ratio
     checks.check_bool("where", where)
