@@ -228,8 +228,8 @@ def thresholded_loss(rewards, *, threshold: float, where=None):
         raise ValueError(f"`threshold` must be a finite number; got {threshold}.")
     rewards, where = read_pair("rewards", rewards, where)
     gap = -_margin(rewards)
-    # Not jnp.maximum: it splits the gradient of a tie in halves.
-    loss = jnp.where(gap > threshold, gap, threshold)
+    # Not jnp.maximum: it splits the gradient of a tie in halves. A NaN stays.
+    loss = jnp.where(gap <= threshold, threshold, gap)
     return results(loss, pair_metrics(rewards), where)
 
 
