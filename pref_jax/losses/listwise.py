@@ -51,7 +51,9 @@ def _log_softmax(rewards, there):
 
 def _others(there):
     """bool[..., K, K]: item j is there and is not item i."""
-    return there[..., None, :] & ~jnp.eye(there.shape[-1], dtype=bool)
+    shape = (*there.shape, there.shape[-1])
+    others = jnp.broadcast_to(~jnp.eye(there.shape[-1], dtype=bool), shape)
+    return others & there[..., None, :]
 
 
 def _list_accuracy(rewards, order, there):
