@@ -46,7 +46,15 @@ def _logsumexp(values, include):
 
 
 def _log_softmax(rewards, there):
+    """Of the items that are there, 0 elsewhere; what rewards share costs no digits."""
+    top = jnp.where(there, rewards, -jnp.inf).max(-1, keepdims=True)
+    rewards = jnp.where(there, rewards - jax.lax.stop_gradient(top), 0.0)
     return jnp.where(there, rewards - _logsumexp(rewards, there)[..., None], 0.0)
+
+
+def _competitors(rewards):
+    """rewards[j] - rewards[i]: f32[..., K, K], item i before its competitor j."""
+    return rewards[..., None, :] - rewards[..., :, None]
 
 
 def _others(there):
@@ -195,8 +203,7 @@ def plackett_luce_loss(rewards, *, ranks, where=None):
     rewards, there = _read_list("rewards", rewards, where)
     ranks = read_constant("ranks", ranks, like=rewards, of="rewards", where=there)
     left = (ranks[..., None, :] >= ranks[..., :, None]) & there[..., None, :]
-    competitors = jnp.broadcast_to(rewards[..., None, :], left.shape)
-    terms = _logsumexp(competitors, left) - rewards
+    terms = _logsumexp(_competitors(rewards), left)
     loss = jnp.where(there, terms, 0.0).sum(-1)
     metrics = {"rewards/accuracy": _list_accuracy(rewards, -ranks, there)}
     return _of_lists(loss, metrics, there)
@@ -273,9 +280,8 @@ def irpo_mean_loss(rewards, *, weights, where=None):
     weights = read_constant("weights", weights, like=rewards, of="rewards", where=there)
     others = _others(there)
     number = there.sum(-1)
-    competitors = jnp.broadcast_to(rewards[..., None, :], others.shape)
     bonus = jnp.log(jnp.maximum(number - 1, 1).astype(rewards.dtype))
-    z = rewards + bonus[..., None] - _logsumexp(competitors, others)
+    z = bonus[..., None] - _logsumexp(_competitors(rewards), others)
     terms = jnp.where(there, weights * jax.nn.log_sigmoid(z), 0.0)
     loss = -terms.sum(-1) / jnp.maximum(number, 1)
     metrics = {"rewards/accuracy": _list_accuracy(rewards, weights, there)}
