@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from fixed_input import fixed_logps
 from pref_jax.losses.pairwise import dpo_loss, logistic_loss
 
 # --- golden values --------------------------------------------------------------------
@@ -32,26 +33,6 @@ def test_the_loss_is_arithmetic(margin, smoothing):
         "rewards/margin": pytest.approx(margin),
         "rewards/accuracy": 0.5 if margin == 0 else float(margin > 0),
     }
-
-
-def fixed_logps():
-    """Summed (policy, anchor) logps [4, 2] of a fixed input: ragged responses.
-
-    Row i of 8 (chosen, then rejected), shifted position t; two prompt tokens.
-    """
-
-    def policy(i, t):
-        return -(0.3 + 0.1 * ((5 * i**2 + 3 * t + i) % 11))
-
-    def anchor(i, t):
-        return -(0.4 + 0.1 * ((4 * i + 3 * t) % 7))
-
-    lengths = [4, 3, 2, 5, 2, 4, 3, 1]
-    sums = [
-        [sum(f(i, t) for t in range(1, 1 + n)) for i, n in enumerate(lengths)]
-        for f in (policy, anchor)
-    ]
-    return [np.array(x).reshape(2, 4).T for x in sums]
 
 
 def test_the_fixed_input_has_the_sums_that_were_written_down():

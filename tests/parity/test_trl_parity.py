@@ -1,12 +1,9 @@
 """DPO is TRL's DPO: its loss on random log-probs, and its whole path on a tiny Llama.
 
-TRL's loss is a method of its trainer; it is called on a stand-in that holds what the
-method reads.
+Its other losses are in `test_trl_losses.py`.
 """
 
-import collections
 import copy
-import types
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +14,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from transformers import LlamaForCausalLM  # noqa: E402
-from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer  # noqa: E402
+from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
-from parity import write_golden  # noqa: E402
+from parity import trl_losses, write_golden  # noqa: E402
 from pref_jax.logps import response_sum  # noqa: E402
 from pref_jax.losses.pairwise import dpo_loss  # noqa: E402
 from pref_jax.method import objective  # noqa: E402
@@ -37,33 +34,6 @@ from test_golden_llama import (  # noqa: E402
 )
 
 STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
-
-
-def trl_loss(model, inputs, *, beta, ref_model=None):
-    """TRL's mean loss, and the metrics that it logs."""
-    accelerator = types.SimpleNamespace(
-        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
-    )
-    metrics = collections.defaultdict(lambda: collections.defaultdict(list))
-    trainer = types.SimpleNamespace(
-        model=model,
-        ref_model=ref_model,
-        precompute_ref_logps=ref_model is None,
-        accelerator=accelerator,
-        args=types.SimpleNamespace(gradient_checkpointing_kwargs=None),
-        beta=beta,
-        loss_types=["sigmoid"],
-        loss_weights=[1.0],
-        f_divergence_type="reverse_kl",
-        ld_alpha=None,
-        use_weighting=False,
-        aux_loss_enabled=False,
-        _metrics=metrics,
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    loss = DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
-    return loss, {name: values[0] for name, values in metrics["train"].items()}
 
 
 def dpo_of_token_logps(logps, anchor_logps, mask, beta):
@@ -90,37 +60,20 @@ def test_dpo_loss_and_its_gradient_by_token_are_trls(beta, scale):
         jnp.asarray(logps), anchor_logps, mask, beta
     )
 
-    def rows(x):  # chosen rows first; a prompt of one token before the responses
-        return torch.tensor(np.concatenate([x[:, 0], x[:, 1]]))
-
-    leaf = rows(logps).requires_grad_()
-    zeros = torch.zeros_like(leaf)
-
-    def model(**inputs):
-        return types.SimpleNamespace(
-            log_probs=leaf.masked_fill(~rows(mask), 0.0),
-            entropy=zeros,
-            mean_logits=zeros,
-            is_top1=zeros.bool(),
-        )
-
-    model.training = True
+    leaf = torch.tensor(logps, requires_grad=True)
+    rows = trl_losses.in_rows(torch.tensor(mask))
     masked_sums = (anchor_logps * mask).sum(-1)
-    ones = torch.ones(2 * num_pairs, 1, dtype=torch.long)
-    inputs = {
-        "input_ids": torch.zeros(2 * num_pairs, num_tokens + 1, dtype=torch.long),
-        "attention_mask": torch.cat([ones, rows(mask).long()], 1),
-        "completion_mask": torch.cat([0 * ones, rows(mask).long()], 1),
+    inputs = trl_losses.with_a_prompt(rows) | {
         "ref_chosen_logps": torch.tensor(masked_sums[:, 0]),
         "ref_rejected_logps": torch.tensor(masked_sums[:, 1]),
     }
-    theirs, their_metrics = trl_loss(model, inputs, beta=beta)
+    model = trl_losses.model_of(trl_losses.in_rows(leaf), rows)
+    theirs, their_metrics = trl_losses.dpo_trainer_loss(model, inputs, beta=beta)
     theirs.backward()
 
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-6)
-    by_pair = leaf.grad.numpy().reshape(2, num_pairs, num_tokens).swapaxes(0, 1)
     # exp(-margin) of margins up to a hundred: their rounding is what is seen.
-    np.testing.assert_allclose(gradient, by_pair, rtol=3e-5, atol=1e-30)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=3e-5, atol=1e-30)
     assert not np.asarray(gradient)[~mask].any()
     for our_name, their_name in (
         ("rewards/chosen", "rewards/chosen"),
@@ -167,7 +120,9 @@ def test_dpo_on_packed_rows_is_trls_with_its_collator_and_fused_head(name, tmp_p
             )
         ]
     )
-    theirs, _ = trl_loss(model, inputs, beta=beta, ref_model=reference)
+    theirs, _ = trl_losses.dpo_trainer_loss(
+        model, inputs, beta=beta, ref_model=reference
+    )
     theirs.backward()
     grads = [parameter.grad for parameter in model.parameters()]
     plain = LlamaForCausalLM.from_pretrained(case.folder / "weights")
