@@ -244,7 +244,8 @@ TORCHTUNE_ANCHOR = jnp.array([[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]])
 
 def test_dpo_of_margins_0_1_and_2_is_torchtunes():
     """tests/torchtune/rlhf/loss/test_dpo_loss.py: -log sigmoid of these."""
-    loss, _ = dpo_loss(TORCHTUNE_POLICY, anchor_logps=TORCHTUNE_ANCHOR, beta=0.1)
+    loss, metrics = dpo_loss(TORCHTUNE_POLICY, anchor_logps=TORCHTUNE_ANCHOR, beta=0.1)
+    np.testing.assert_allclose(metrics["rewards/margin"], [0.0, 1.0, 2.0], atol=1e-6)
     np.testing.assert_allclose(loss, np.log1p(np.exp([-0.0, -1.0, -2.0])), rtol=2e-6)
 
 
@@ -277,9 +278,9 @@ def fused_by(name):
         case "max margin":
             return anchors.fuse_max_margin(SOURCES, pivot_logps=PIVOT)
         case "average of clipped":
-            return anchors.fuse_average(clipped())
+            return anchors.fuse_average(clipped(), pivot_logps=PIVOT)
         case "confidence of clipped":
-            return anchors.fuse_confidence(clipped(), epsilon=1e-8)
+            return anchors.fuse_confidence(clipped(), pivot_logps=PIVOT, epsilon=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +321,6 @@ def test_a_released_row_fuses_to_the_anchor_margin_and_loss_of_infifpo(
 
 
 def test_confidence_weighs_the_sources_of_a_released_row_as_infifpo_does():
-    fused = anchors.fuse_confidence(SOURCES, epsilon=1e-8)[1]
+    fused = anchors.fuse_confidence(SOURCES, pivot_logps=PIVOT, epsilon=1e-8)[1]
     weights = np.array([0.36856, 0.35178, 0.27966])  # as written down: five digits
     np.testing.assert_allclose(fused, weights @ np.asarray(SOURCES[1]), rtol=2e-5)

@@ -11,14 +11,18 @@ a loss is written again. Tensors in, the mean loss out, a scalar with a gradient
 """
 
 import collections
+import os
 import types
 
 import torch
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_trainer import KTOTrainer
-from trl.trainer.reward_trainer import RewardTrainer
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPO and ORPO stand there
+
+from trl.experimental.cpo import CPOTrainer  # noqa: E402
+from trl.experimental.orpo import ORPOTrainer  # noqa: E402
+from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
+from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
 
 DPO_LOSSES = (
     "sigmoid",
