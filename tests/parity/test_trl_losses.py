@@ -249,17 +249,25 @@ def test_all_losses_of_trls_dpo_trainer_are_compared():
     assert {*DPO, *SMOOTHED} == {*trl_losses.DPO_LOSSES}
 
 
-def test_trls_dpo_trainer_leaves_smoothing_out_of_sigmoid():
-    """Ours takes it, as cDPO; `CPOTrainer` does too and is compared below."""
+def test_sigmoid_with_smoothing_is_trls_cpo_trainer_as_its_dpo_trainer_leaves_it_out():
+    """`DPOTrainer` takes `label_smoothing` and "sigmoid" does not use it; ours is cDPO,
+    which is what `CPOTrainer` computes when it is given log-ratios.
+    """
     batch = draw(0, 1.0)
     tensors = [torch.tensor(x) for x in (batch.policy, batch.anchor, batch.mask)]
     plain, smoothed = (
         trl_losses.dpo(*tensors, beta=0.5, label_smoothing=e).item() for e in (0.0, 0.3)
     )
     assert plain == smoothed
-    with jax.enable_x64(True):
-        ours = of_rewards(logistic_loss, label_smoothing=0.3)(batch, 0.5)
-    assert abs(float(ours) - plain) > 0.01
+    assert_same(
+        lambda batch: of_logps(dpo_loss, label_smoothing=0.3)(batch, 0.5),
+        lambda batch: trl_losses.cpo(
+            ((batch.policy - batch.anchor) * batch.mask).sum(-1),
+            beta=0.5,
+            label_smoothing=0.3,
+        ),
+        [draw(seed, scale) for seed in SEEDS for scale in SCALES],
+    )
 
 
 DIVERGENCES = {
@@ -590,16 +598,16 @@ def some_desirable(seed):
 def test_kto_is_trls_with_its_estimate_of_the_divergence(labels, shift, beta):
     """TRL's estimate is in nats and beta multiplies it in the loss; ours is scaled.
 
-    Both clamp it at 0 and send no gradient through it. TRL estimates on each device and
-    averages; ours is over the whole batch.
+    Both clamp it at 0 and send no gradient through it, though it is of the policy. TRL
+    estimates on each device and averages; ours is over the whole batch.
     """
-    other = draw(7, 1.0)
-    other = other._replace(policy=other.anchor + shift)
     desirable = some_desirable(3) | (labels == "all desirable")
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.4}
 
     def ours(batch):
-        kl = mean_kl(Batch(*map(jnp.asarray, other)).rewards(beta))
+        policy, mask = (jnp.roll(x, 1, axis=0) for x in (batch.policy, batch.mask))
+        anchor = jax.lax.stop_gradient(policy) - shift
+        kl = mean_kl(Batch(policy, anchor, anchor, mask).rewards(beta))
         loss, _ = kto_loss(
             batch.rewards(beta),
             desirable=desirable,
@@ -609,12 +617,12 @@ def test_kto_is_trls_with_its_estimate_of_the_divergence(labels, shift, beta):
         return loss.mean()
 
     def theirs(batch):
-        of_kl = [torch.tensor(x).flatten(0, 1) for x in other]
+        policy, mask = (x.roll(1, 0).flatten(0, 1) for x in (batch.policy, batch.mask))
         return trl_losses.kto(
             *(x.flatten(0, 1) for x in (batch.policy, batch.anchor, batch.mask)),
             desirable=torch.tensor(desirable).flatten(),
             beta=beta,
-            mismatched=(of_kl[0], of_kl[1], of_kl[3]),
+            mismatched=(policy, policy.detach() - shift, mask),
             **weights,
         )
 
