@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from experiments.worlds.token_mdp import (
     train_dpo,
     train_sft,
 )
+from pref_jax import q_values
 
 BETA = 0.5
 SIZES = {"num_prompts": 2, "num_tokens": 4, "max_length": 3}
@@ -339,6 +341,56 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "2 prompts with 3 responses each; beta 1" in printed
     assert all(word in printed for word in ("V*(s)", "yes", "no"))
+
+
+def along_responses(values):
+    """f64[P, S, V] or f64[P, S] along responses, f64[P, N, H], and which count."""
+    where = np.broadcast_to(MDP.tokens >= 0, (len(MDP.rewards), *MDP.tokens.shape))
+    if values.ndim == 2:
+        values = np.repeat(values[..., None], MDP.rewards.shape[-1], axis=-1)
+    return np.where(where, values[:, MDP.states, MDP.tokens], np.nan), where
+
+
+def test_the_rewards_that_the_optimum_implies_are_those_of_the_world(best):
+    """Of every token, by the library, in float64; a NaN where no token is."""
+    logps, where = along_responses(best.logps)
+    anchor_logps, _ = along_responses(MDP.anchor_logps)
+    values, _ = along_responses(best.value)
+    with jax.enable_x64(True):
+        rewards = q_values.token_rewards(
+            logps, anchor_logps=anchor_logps, values=values, beta=BETA, where=where
+        )
+    expected, _ = along_responses(MDP.rewards)
+    np.testing.assert_allclose(rewards, np.where(where, expected, 0.0), atol=1e-12)
+
+
+def test_logits_that_are_q_have_no_bellman_residual(best):
+    """With beta log pi_ref in Q, as in the library, V is the log-sum-exp of Q."""
+    q = best.q + BETA * MDP.anchor_logps
+    with jax.enable_x64(True):
+        read = q_values.logit_values(q / BETA, beta=BETA)
+        np.testing.assert_allclose(read.value, best.value, atol=1e-12)
+        np.testing.assert_allclose(read.advantage, BETA * best.logps, atol=1e-12)
+        arrays = [
+            along_responses(np.asarray(x))[0]
+            for x in (read.q, MDP.rewards, MDP.anchor_logps, read.value)
+        ]
+        where = along_responses(best.value)[1]
+        residuals = [
+            q_values.soft_bellman_residual(
+                arrays[0],
+                rewards=arrays[1],
+                anchor_logps=arrays[2],
+                values=values,
+                beta=BETA,
+                where=where,
+            )
+            for values in (arrays[3], arrays[3] + 1)
+        ]
+    np.testing.assert_allclose(residuals[0], 0.0, atol=1e-12)
+    # Values that are 1 too high: 1 less for every token that another one follows.
+    followed = where & np.pad(where, ((0, 0), (0, 0), (0, 1)))[..., 1:]
+    np.testing.assert_allclose(residuals[1], -1.0 * followed, atol=1e-12)
 
 
 @pytest.mark.parametrize(
