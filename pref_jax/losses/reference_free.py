@@ -81,8 +81,8 @@ def orpo_loss(logps, *, lengths, lambda_: float, where=None):
     at 0.
 
     Source: ORPO, arXiv:2403.07691, equations 6 and 7.
-    Convention: the likelihood is a mean over the tokens of the response. Earlier
-    versions of Tunix took sums, and the prompt into the likelihood.
+    Convention: the likelihood is a mean over the tokens of the response. TRL's is a mean
+    over those of the batch, the prompt's included; earlier versions of Tunix took sums.
     Reduces to: the mean likelihood of the chosen response at lambda_ = 0.
     Checked: the odds ratio against TRL 1.16.0 in value and gradient; values of
     Tunix for both terms.
@@ -129,7 +129,7 @@ def cpo_loss(
 
     Source: CPO, arXiv:2401.08417, equations 3 to 5, where alpha is 1.
     Convention: the likelihood is of the whole response, as in the paper. TRL takes the
-    mean over the tokens of a batch.
+    mean over the tokens of a batch, the prompt's included.
     Reduces to: `dpo_loss` with an anchor of all zeros at alpha = 0.
     Checked: the preference term against TRL 1.16.0 in value and gradient.
 
