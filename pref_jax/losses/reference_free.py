@@ -81,8 +81,8 @@ def orpo_loss(logps, *, lengths, lambda_: float, where=None):
     at 0.
 
     Source: ORPO, arXiv:2403.07691, equations 6 and 7.
-    Convention: the likelihood is a mean over the tokens of the response. TRL's is a mean
-    over those of the batch, the prompt's included; earlier versions of Tunix took sums.
+    Convention: the likelihood is a mean over the tokens of the response. TRL's is one
+    over those of the batch, the prompt's included; earlier Tunix took sums.
     Reduces to: the mean likelihood of the chosen response at lambda_ = 0.
     Checked: the odds ratio against TRL 1.16.0 in value and gradient; values of
     Tunix for both terms.
