@@ -53,7 +53,9 @@ def hard(grades, *, where=None):
     grades, there = _read("grades", grades, where)
     best = jnp.where(there, grades, -jnp.inf).max(-1, keepdims=True)
     is_best = (there & (grades == best)).astype(grades.dtype)
-    return is_best / jnp.maximum(is_best.sum(-1, keepdims=True), 1)
+    shares = is_best / jnp.maximum(is_best.sum(-1, keepdims=True), 1)
+    # Nothing equals NaN: a list with one would have no target, and be left out unseen.
+    return jnp.where(there & jnp.isnan(best), best, shares)
 
 
 def soft(grades, *, temperature: float, where=None):
