@@ -39,8 +39,7 @@ all of the reward is known to come at the end, only F(s_1) is free, and
 so that the true reward of one response of a prompt fixes V* in the whole of its tree.
 The logits tell no more than the policy: a shift of all logits of a state changes their
 log-sum-exp and nothing else. The gradient sums to zero over the tokens, so that descent
-leaves the mean of a state's logits where it started, wherever that is (Adam, which
-scales each entry on its own, moves it, but not towards V*).
+leaves the mean of a state's logits where it started, wherever that is.
 
 Trap: all of this needs every response to stand in some pair. Among responses that are
 not compared, the start decides; even those that are compared then get their rewards
