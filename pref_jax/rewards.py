@@ -73,7 +73,8 @@ def _safe_log_ratio(logps, anchor_logps, where):
 
 def _exp(x):
     """exp up to 40, its tangent beyond: finite, and so is the square of its slope."""
-    capped = jnp.minimum(x, _LARGEST_EXPONENT)
+    # Not jnp.minimum: it would halve the slope at 40 itself.
+    capped = jnp.where(x > _LARGEST_EXPONENT, _LARGEST_EXPONENT, x)
     beyond = jnp.where(x > _LARGEST_EXPONENT, x - _LARGEST_EXPONENT, 0.0)
     return jnp.exp(capped) * (1 + beyond)
 
