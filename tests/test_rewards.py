@@ -1,5 +1,6 @@
 """Rewards: beta scales once, tokens add up, masked tokens never count."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fixtures
-from pref_jax import rewards
+import loss_oracles
+from pref_jax import losses, rewards
 from pref_jax.types import Scores
 
 
@@ -77,7 +79,7 @@ def test_small_differences_of_long_responses_survive():
     """
     shape, step = (1, 1, 8192), np.float32(2.0**-10)
     mask = np.ones(shape, bool)
-    long = fixtures.dataclasses.replace(batch(), loss_mask=mask)
+    long = dataclasses.replace(batch(), loss_mask=mask)
     anchor = Scores(logp=jnp.full(shape, -10.0))
     changes = jnp.zeros(shape).at[0, 0, ::4096].set(step)
     policy = Scores(logp=anchor.logp + changes)
@@ -117,3 +119,349 @@ def test_wrong_arguments_are_named(change, error, message):
     logps = arguments.pop("logps")
     with pytest.raises(error, match=message):
         rewards.implicit_reward(logps, **arguments)
+
+
+# --- curved rewards: f-DPO ------------------------------------------------------------
+
+CURVED = {
+    "forward_kl_reward": {},
+    "jensen_shannon_reward": {},
+    "alpha_divergence_reward": {"alpha": 0.3},
+}
+every_curved = pytest.mark.parametrize("name", CURVED)
+
+
+def curved(name, logps, anchor_logps=None, *, beta=0.5, **options):
+    anchor_logps = jnp.zeros_like(logps) if anchor_logps is None else anchor_logps
+    function = getattr(rewards, name)
+    options = CURVED[name] | options
+    return function(logps, anchor_logps=anchor_logps, beta=beta, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ratio", "reward", "slope"),
+    [
+        ("forward_kl_reward", {}, 2.0, 1 - math.exp(-2), math.exp(-2)),
+        ("forward_kl_reward", {}, -2.0, 1 - math.exp(2), math.exp(2)),
+        (
+            "jensen_shannon_reward",
+            {},
+            2.0,
+            math.log(2 / (1 + math.exp(-2))),
+            1 / (1 + math.exp(2)),
+        ),
+        (
+            "alpha_divergence_reward",
+            {"alpha": 0.25},
+            -2.0,
+            (math.exp(1.5) - 1) / -0.75,
+            math.exp(1.5),
+        ),
+        (
+            "alpha_divergence_reward",
+            {"alpha": 0.25},
+            2.0,
+            (1 - math.exp(-1.5)) / 0.75,
+            math.exp(-1.5),
+        ),
+    ],
+)
+def test_curved_rewards_and_their_slopes_are_arithmetic(
+    name, options, ratio, reward, slope
+):
+    anchor = jnp.float32(-7.0)
+    got = jax.value_and_grad(lambda x: curved(name, x, anchor, beta=0.3, **options))(
+        anchor + ratio
+    )
+    np.testing.assert_allclose(got, [0.3 * reward, 0.3 * slope], rtol=2e-5)
+
+
+@every_curved
+def test_a_curved_reward_is_the_oracles(name):
+    rng = np.random.default_rng(0)
+    policy, anchor = rng.uniform(-9, 0, (2, 5, 2)).astype(np.float32)
+    got = curved(name, policy, anchor)
+    oracle = getattr(loss_oracles, name)
+    expected = [
+        [oracle(p, anchor_logps=a, beta=0.5, **CURVED[name]) for p, a in pair]
+        for pair in np.stack([policy, anchor], -1)
+    ]
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(x, jnp.float64) for x in (policy, anchor))
+        got = curved(name, *wide)
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@every_curved
+def test_a_policy_that_is_the_anchor_has_no_reward(name):
+    same = jnp.array([-3.0, -900.0])
+    np.testing.assert_allclose(curved(name, same, same), 0.0, atol=1e-7)
+
+
+def test_an_alpha_of_zero_is_the_forward_kl_and_one_is_dpo():
+    rng = np.random.default_rng(0)
+    policy, anchor = rng.uniform(-4, 0, (2, 6, 2))
+    with jax.enable_x64(True):
+
+        def fitted(x, alpha):
+            reward = curved("alpha_divergence_reward", x, anchor, alpha=alpha)
+            return losses.logistic_loss(reward)[0].sum()
+
+        def dpo(x):
+            return losses.dpo_loss(x, anchor_logps=anchor, beta=0.5)[0].sum()
+
+        def forward(x):
+            return losses.logistic_loss(curved("forward_kl_reward", x, anchor))[0].sum()
+
+        policy = jnp.asarray(policy)
+        for alpha, limit in ((1 - 1e-7, dpo), (0.0, forward)):
+            got = jax.value_and_grad(fitted)(policy, alpha)
+            expected = jax.value_and_grad(limit)(policy)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, expected
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("forward_kl_reward", 1.0), ("alpha_divergence_reward", 0.7)]
+)
+def test_an_exponential_goes_on_as_its_tangent_beyond_forty(name, scale):
+    """exp(40) (1 + y - 40) for an exponent y; the slope stays exp(40)."""
+    gradient = jax.vmap(jax.value_and_grad(lambda x: curved(name, x, beta=1.0)))
+    exponents = np.array([39.0, 40.0, 43.0, 1e4], np.float32)
+    values, slopes = gradient(jnp.asarray(-exponents / np.float32(scale)))
+    tangent = math.exp(40) * np.array([math.exp(-1), 1.0, 4.0, 1e4 - 39])
+    # An exponent of 40 is known to 4e-6.
+    np.testing.assert_allclose(values, -tangent / scale, rtol=2e-5)
+    expected = math.exp(40) * np.array([math.exp(-1), 1, 1, 1])
+    np.testing.assert_allclose(slopes, expected, rtol=2e-5)
+    assert np.isfinite(np.square(slopes).sum())
+
+
+@every_curved
+@pytest.mark.parametrize("ratio", [1e4, -1e4])
+def test_a_curved_reward_is_finite_however_far_policy_and_anchor_are(name, ratio):
+    def loss(x):
+        reward = curved(name, x, jnp.array([0.0, -1e4]))
+        value, metrics = losses.logistic_loss(reward)
+        return value, metrics
+
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+        jnp.array([ratio, -1e4])
+    )
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert all(np.isfinite(x) for x in metrics.values())
+
+
+@every_curved
+def test_what_a_curved_reward_drops_reaches_no_gradient(name):
+    where = jnp.array([[True, True], [False, False], [True, False]])
+    policy = jnp.array([[-1.0, -2.0], [jnp.nan, -1.0], [-3.0, jnp.inf]])
+    anchor = jnp.array([[-1.5, -1.0], [-1.0, jnp.nan], [-1.0, -1.0]])
+
+    def total(policy):
+        reward = curved(name, policy, anchor, where=where)
+        loss, _ = losses.logistic_loss(reward, where=where.all(-1))
+        return loss.sum(), reward
+
+    gradient, reward = jax.grad(total, has_aux=True)(policy)
+    assert not np.asarray(reward)[~np.array(where)].any()
+    assert np.isfinite(gradient).all() and np.asarray(gradient)[0].all()
+    assert not np.asarray(gradient)[1:].any()
+    kept = curved(name, policy[0], anchor[0])
+    np.testing.assert_allclose(reward[0], kept, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["implicit_reward", *CURVED])
+def test_log_ratios_of_bfloat16_are_taken_in_float32(name):
+    """They have eight bits: -100.5 less -99 is kept, -1.5 would be lost on the way."""
+    policy = jnp.array([-100.5, -3.0], jnp.bfloat16)
+    anchor = jnp.array([-99.0, -2.0078125], jnp.bfloat16)
+    function = getattr(rewards, name)
+    options = CURVED.get(name, {}) | {"beta": 0.3}
+    got = function(policy, anchor_logps=anchor, **options)
+    assert got.dtype == jnp.float32
+    wide = (x.astype(jnp.float32) for x in (policy, anchor))
+    expected = function(next(wide), anchor_logps=next(wide), **options)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        *(
+            (name, {"beta": 0.0}, ValueError, "`beta` must be positive and finite; got")
+            for name in CURVED
+        ),
+        (
+            "alpha_divergence_reward",
+            {"alpha": 1.0},
+            ValueError,
+            r"`alpha` must lie in \[0, 1\).* reverse KL.*; got 1.0",
+        ),
+        (
+            "alpha_divergence_reward",
+            {"alpha": -0.1},
+            ValueError,
+            r"`alpha` must lie in \[0, 1\).*; got -0.1",
+        ),
+        (
+            "forward_kl_reward",
+            {"where": np.ones(3)},
+            TypeError,
+            "`where` is inclusion and needs booleans",
+        ),
+        (
+            "jensen_shannon_reward",
+            {"where": np.ones(2, bool)},
+            ValueError,
+            r"`where` needs a shape that broadcasts to \(3,\), that of `logps`",
+        ),
+        (
+            "jensen_shannon_reward",
+            {"anchor_logps": np.zeros(2)},
+            ValueError,
+            "`anchor_logps` needs the shape of `logps`",
+        ),
+        (
+            "forward_kl_reward",
+            {"anchor_logps": np.zeros(3, int)},
+            TypeError,
+            "`anchor_logps` needs floating-point numbers",
+        ),
+    ],
+)
+def test_wrong_arguments_of_curved_rewards_are_named(name, change, error, message):
+    with pytest.raises(error, match=message):
+        curved(name, jnp.zeros(3), **change)
+
+
+# --- rewards of a method --------------------------------------------------------------
+
+
+def test_token_rewards_are_zero_where_the_mask_has_none():
+    policy, anchor = random_scores(1), random_scores(2)
+    spoiled = Scores(logp=jnp.where(batch().loss_mask, policy.logp, jnp.nan))
+    got = rewards.token_reward(spoiled, anchor, batch(), beta=0.3)
+    expected = 0.3 * np.where(batch().loss_mask, policy.logp - anchor.logp, 0.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def with_steps():
+    """The batch with turns of two tokens, of which the mask drops some."""
+    mask = batch().loss_mask
+    ids = 1 + np.broadcast_to(np.arange(mask.shape[-1]) // 2, mask.shape)
+    return dataclasses.replace(batch(), step_ids=ids.astype(np.int32))
+
+
+def test_step_rewards_are_by_step_and_add_up_to_the_reward_of_the_response():
+    policy, anchor = random_scores(1), random_scores(2)
+    spoiled = Scores(logp=jnp.where(batch().loss_mask, policy.logp, jnp.nan))
+    num_steps = -(-batch().loss_mask.shape[-1] // 2)
+    got = rewards.step_reward(
+        spoiled, anchor, with_steps(), beta=0.3, num_steps=num_steps
+    )
+    assert got.shape == (*batch().valid.shape, num_steps)
+    total = rewards.sequence_reward(policy, anchor, batch(), beta=0.3)
+    np.testing.assert_allclose(got.sum(-1), total, rtol=1e-5, atol=1e-5)
+    tokens = rewards.token_reward(policy, anchor, batch(), beta=0.3)
+    second = np.asarray(tokens)[..., 2:4].sum(-1)
+    np.testing.assert_allclose(got[..., 1], second, rtol=1e-5, atol=1e-6)
+
+
+def test_step_rewards_of_token_rewards_are_their_sums():
+    tokens = jnp.array([[1.0, 2.0, 4.0, jnp.nan], [8.0, 16.0, 32.0, 64.0]])
+    ids = jnp.array([[2, 0, 2, 1], [1, 1, 2, 0]])
+    where = jnp.array([[True, True, True, False], [True, False, True, True]])
+    got = rewards.step_rewards(tokens, step_ids=ids, num_steps=2, where=where)
+    assert got.tolist() == [[0.0, 5.0], [8.0, 32.0]]
+    got = rewards.step_rewards(tokens[1], step_ids=ids[1], num_steps=2)
+    assert got.tolist() == [24.0, 32.0]
+
+
+def test_step_rewards_need_step_ids():
+    assert batch().step_ids is None
+    with pytest.raises(
+        ValueError, match="`step_reward` needs `batch.step_ids`; the ba"
+    ):
+        rewards.step_reward(
+            random_scores(1), random_scores(2), batch(), beta=0.3, num_steps=2
+        )
+
+
+def means(logp):
+    mask = batch().loss_mask
+    return (np.asarray(logp) * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+
+
+def test_a_length_normalized_reward_is_of_the_mean_log_ratio():
+    policy, anchor = random_scores(1), random_scores(2)
+    spoiled = Scores(logp=jnp.where(batch().loss_mask, policy.logp, jnp.nan))
+    got = rewards.length_normalized_reward(spoiled, anchor, batch(), beta=0.3)
+    expected = 0.3 * (means(policy.logp) - means(anchor.logp))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    # Or the anchor gives the mean itself.
+    mean = jnp.asarray(np.random.default_rng(0).random(got.shape, np.float32))
+    fused = Scores(logp=anchor.logp, mean_logp=mean)
+    got = rewards.length_normalized_reward(policy, fused, batch(), beta=0.3)
+    expected = 0.3 * (means(policy.logp) - np.asarray(mean))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def tail_logps(logp):
+    """Summed logps of the tokens beyond the shorter response's number: [B, 2]."""
+    mask = np.asarray(batch().loss_mask)
+    shared = mask.sum(-1).min(-1)[:, None, None]
+    return np.where(mask & (mask.cumsum(-1) > shared), logp, 0.0).sum(-1)
+
+
+def test_desensitized_rewards_count_what_is_longer_alpha_times():
+    policy, anchor = random_scores(1), random_scores(2)
+    full = rewards.sequence_reward(policy, anchor, batch(), beta=0.3)
+    got = rewards.length_desensitized_reward(
+        policy, anchor, batch(), beta=0.3, alpha=0.4
+    )
+    ratio = np.asarray(policy.logp - anchor.logp)
+    expected = np.asarray(full) - 0.3 * 0.6 * tail_logps(ratio)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(got - full).max() > 0.1
+    got = rewards.length_desensitized_policy_reward(
+        policy, anchor, batch(), beta=0.3, alpha=0.4
+    )
+    expected = np.asarray(full) - 0.3 * 0.6 * tail_logps(np.asarray(policy.logp))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [rewards.length_desensitized_reward, rewards.length_desensitized_policy_reward],
+)
+def test_desensitized_rewards_with_alpha_1_are_dpos(reward):
+    policy, anchor = random_scores(1), random_scores(2)
+    spoiled = Scores(logp=jnp.where(batch().loss_mask, policy.logp, jnp.nan))
+    got = reward(spoiled, anchor, batch(), beta=0.3, alpha=1.0)
+    expected = rewards.sequence_reward(policy, anchor, batch(), beta=0.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_policy_form_has_a_reward_at_the_anchor():
+    """beta (1 - alpha) times minus the log-probability of the tail."""
+    same = random_scores(1)
+    got = rewards.length_desensitized_reward(same, same, batch(), beta=0.3, alpha=0.4)
+    assert not np.asarray(got).any()
+    got = rewards.length_desensitized_policy_reward(
+        same, same, batch(), beta=0.3, alpha=0.4
+    )
+    expected = -0.3 * 0.6 * tail_logps(np.asarray(same.logp))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.asarray(got).max() > 0.1
+
+
+def test_an_explicit_reward_is_the_heads_number():
+    scores = Scores(value=jnp.array([[1.5, -2.0]]))
+    assert rewards.explicit_reward(scores, None, None) is scores.value
+    message = "`explicit_reward` needs `scores.value`; got None. Give the method a"
+    with pytest.raises(ValueError, match=message):
+        rewards.explicit_reward(random_scores(1), None, batch())
