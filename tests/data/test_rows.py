@@ -191,6 +191,53 @@ def test_steps_and_stored_logps_lie_beside_their_tokens():
     assert batch.extras["anchor_logps"].dtype == np.float32
 
 
+def of_sources(record, logps, lengths):
+    """A pair with what source models say of its two responses."""
+    extras = {"source_logps": np.array(logps), "source_lengths": np.array(lengths)}
+    return group([1], [101, 102, 103], [111], record=record, extras=extras)
+
+
+def test_what_source_models_say_lies_beside_its_responses():
+    groups = [
+        of_sources(4, [[-1.5, -2.5], [-3.5, -4.5]], [[2, 3], [1, 0]]),
+        of_sources(7, [[-5.5, 0.0], [-7.5, -8.5]], [[4, 0], [5, 6]]),
+    ]
+    batch = fixtures.pack_all(groups, 16, spare_groups=1)
+    assert batch.record.tolist() == [4, 7, -1]
+    logps = batch.extras["source_logps"]
+    assert logps.tolist() == [
+        [[-1.5, -2.5], [-3.5, -4.5]],
+        [[-5.5, 0.0], [-7.5, -8.5]],
+        [[0.0, 0.0], [0.0, 0.0]],
+    ]
+    lengths = batch.extras["source_lengths"]
+    assert lengths.tolist() == [[[2, 3], [1, 0]], [[4, 0], [5, 6]], [[0, 0], [0, 0]]]
+    assert logps.dtype == lengths.dtype == np.float32
+
+
+def test_marks_of_responses_and_of_pairs_lie_beside_them():
+    extras = {"explore": np.array([0, 1]), "margin": np.array(2.5)}
+    batch = fixtures.pack_all(
+        [group([1], [101], [111], extras=extras)], 16, spare_groups=1
+    )
+    assert batch.extras["explore"].tolist() == [[0, 1], [0, 0]]
+    assert batch.extras["margin"].tolist() == [2.5, 0.0]
+
+
+def test_all_groups_have_the_same_sources():
+    one = of_sources(4, [[-1.0], [-2.0]], [[1], [1]])
+    two = of_sources(7, [[-1.0, -1.0], [-2.0, -2.0]], [[1, 1], [1, 1]])
+    message = (
+        r"record 4 has source_\w+ of the shape \(2, 1\), record 7 has source_\w+ of "
+        r"\(2, 2\); all need \[K, M\] .* a response the length 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        fixtures.pack_all([one, two], 32)
+    uneven = of_sources(5, [[-1.0, -1.0], [-2.0, -2.0]], [[1], [1]])
+    with pytest.raises(ValueError, match=r"record 5 has .* record 5 has .*; all need"):
+        fixtures.pack_all([uneven], 32)
+
+
 # --- what fits ------------------------------------------------------------------------
 
 
@@ -257,6 +304,22 @@ def test_keep_start_cuts_the_longest_response_first(row_length, lengths):
     stored = cut.extras["anchor_logps"]
     assert [len(x) for x in stored] == [len(r) for r in cut.responses]
     assert (cut.labels, cut.record) == (LONG.labels, LONG.record)
+
+
+def test_keep_start_does_not_cut_what_source_models_scored_whole():
+    scored = of_sources(4, [[-1.0], [-2.0]], [[1], [1]])
+    assert scored.num_tokens == 6
+    message = (
+        "record 4 has source_logps, source_lengths of whole responses, and the policy "
+        "`keep_start` would cut one. Use `drop`, or a longer row"
+    )
+    with pytest.raises(ValueError, match=message):
+        rows.fit_group(scored, 5, "keep_start")
+    assert rows.fit_group(scored, 6, "keep_start") is scored
+    assert rows.fit_group(scored, 5, "drop") is None
+    longer = dataclasses.replace(scored, prompt=np.array([1, 2, 3], np.int32))
+    kept = rows.fit_group(longer, 7, "keep_end")
+    assert kept.num_tokens == 7 and kept.extras is longer.extras
 
 
 def test_keep_start_empties_no_response():

@@ -16,7 +16,7 @@ import pytest
 
 import oracles
 import tiny_stage
-from pref_jax import anchors
+from pref_jax import anchors, losses
 from pref_jax.data import sources
 from pref_jax.logps import response_scores
 from pref_jax.method import Method, objective, on_token_logps
@@ -369,6 +369,94 @@ def test_the_anchor_is_refreshed_from_the_new_parameters_and_the_new_step():
     assert new.params["arms"].tolist() != [1.0, 1.0]
     expected = new.params["arms"] + 10 + 100
     np.testing.assert_allclose(new.anchor["arms"], expected, rtol=1e-6)
+
+
+def moving_anchor(anchor, num_steps):
+    """Parameters and anchor after each step, from unlike ones; and by NumPy.
+
+    The loss is half the squared distance of the policy from the anchor plus the grades,
+    so that a step goes towards anchor + grades by the learning rate.
+    """
+    grades = np.array([0.5, -2.0], np.float32)
+    method = dataclasses.replace(
+        BANDIT,
+        anchor=anchor,
+        reward=lambda scores, anchor_scores, batch: scores.value - anchor_scores.value,
+        loss=lambda rewards, scores, batch: (
+            0.5 * jnp.square(rewards - batch.grades).sum(-1),
+            {},
+        ),
+    )
+    batch = Bandit(jnp.asarray(grades)[None], jnp.ones((1, 2), bool))
+    state = init_state(
+        {"arms": np.array([1.0, 1.0], np.float32)},
+        SGD,
+        rng=jax.random.key(0),
+        anchor={"arms": np.array([3.0, -1.0], np.float32)},
+    )
+    step, seen = jax.jit(make_train_step(method, None, SGD)), []
+    for _ in range(num_steps):
+        before = state
+        state, _ = step(state, batch)
+        aim = before.anchor["arms"] + grades
+        expected = before.params["arms"] + RATE * (aim - before.params["arms"])
+        np.testing.assert_allclose(state.params["arms"], expected, rtol=1e-5)
+        seen.append(
+            (np.asarray(state.params["arms"]), np.asarray(state.anchor["arms"]))
+        )
+    return seen
+
+
+def test_a_snapshot_is_the_parameters_of_the_last_multiple():
+    anchor = anchors.snapshot(every=2, score=BANDIT.score)
+    seen = moving_anchor(anchor, 5)
+    params, snapshots = zip(*seen, strict=True)
+    assert snapshots[0].tolist() == [3.0, -1.0]
+    for got, expected in zip(snapshots[1:], (1, 1, 3, 3), strict=True):
+        np.testing.assert_array_equal(got, params[expected])
+
+
+def test_a_running_average_is_that_of_the_parameters_after_each_step():
+    seen = moving_anchor(anchors.ema(decay=0.6, score=BANDIT.score), 4)
+    average = np.array([3.0, -1.0])
+    for params, got in seen:
+        average = 0.6 * average + 0.4 * params
+        np.testing.assert_allclose(got, average, rtol=1e-5)
+
+
+def coupled(name):
+    """A loss of a bandit that looks across the batch."""
+
+    def loss(rewards, scores, batch):
+        if name == "aot_unpaired_loss":
+            values, _ = losses.aot_unpaired_loss(rewards + batch.grades)
+            return values, {}
+        if name == "aot_loss":
+            options = {"anchor_logps": batch.grades, "beta": 0.5}
+            return losses.aot_loss(rewards, **options)[0], {}
+        statistic = {
+            "mean_kl": losses.mean_kl,
+            "reward_shift": lambda x: losses.reward_shift(x, desirable=jnp.array(True)),
+        }[name](rewards)
+        return jnp.square(rewards - batch.grades + statistic).sum(-1), {}
+
+    return dataclasses.replace(BANDIT, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "name", ["aot_loss", "aot_unpaired_loss", "mean_kl", "reward_shift"]
+)
+def test_what_looks_across_the_batch_is_refused_in_parts(name):
+    params = {"arms": jnp.array([0.5, 1.5])}
+    state = init_state(params, SGD, rng=jax.random.key(0))
+    whole = make_train_step(coupled(name), None, SGD)
+    _, outputs = whole(state, bandit_batch(0))
+    assert math.isfinite(outputs["metrics"]["loss"])
+    parts = make_train_step(coupled(name), None, SGD, num_microbatches=2)
+    message = f"`{name}` looks across the whole batch, and .* in 2 micro-batches"
+    with pytest.raises(ValueError, match=message):
+        parts(state, bandit_batch(0))
+    whole(state, bandit_batch(0))  # the error leaves nothing behind
 
 
 def test_seeds_are_vmapped_through_one_step():
