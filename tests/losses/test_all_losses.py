@@ -276,6 +276,13 @@ def test_huge_rewards_have_a_finite_loss_and_gradient(case):
         assert_close(loss, case.expected_loss(arrays, where))
         for x in (*metrics.values(), gradients[case.first]):
             assert np.isfinite(x).all()
+    narrow = {
+        k: x if x.dtype == bool else jnp.asarray(x, jnp.bfloat16)
+        for k, x in arrays.items()
+    }
+    (loss, _), gradients = value_and_gradient(case, narrow)
+    for x in (loss, gradients[case.first].astype(jnp.float32)):
+        assert np.isfinite(x).all()
 
 
 LEVELS = np.array([0.5, 0.0, -0.75, 2.0, -2.0, 0.25, 1.0, -1.5])[:, None]
