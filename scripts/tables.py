@@ -220,6 +220,53 @@ def data_sets(records) -> str:
     return markdown(columns, rows)
 
 
+def mutants(records) -> str:
+    """How many changes of each file its tests notice."""
+    record = records.get("mutants")
+    if record is None:
+        return "not run\n"
+    counted = ("mutants", "caught", "equivalent", "gaps")
+    files = {f"`{file}`": counts for file, counts in record["files"].items()}
+    files["all"] = {k: sum(counts[k] for counts in files.values()) for k in counted}
+    rows = []
+    for file, counts in files.items():
+        # One that no test can notice is none that the tests let pass.
+        others = counts["mutants"] - counts["equivalent"]
+        rate = f"{100 * counts['caught'] / others:.1f} %" if others else "-"
+        rows.append([file, *(counts[key] for key in counted), rate])
+    environment = record["environment"]
+    text = (
+        f"\n{record['seconds_per_mutant']:.1f} s a mutant on {environment['device']}; "
+        f"commit {environment['commit'][:12]}."
+    )
+    if record.get("confirmed"):
+        text += f" A fresh process confirmed {record['confirmed']} that were drawn."
+    if record["stale"]:
+        text += f" Equivalents that are no more: {len(record['stale'])}."
+    return markdown(["file", *counted, "kill rate"], rows) + text + "\n"
+
+
+def surviving_mutants(records) -> str:
+    """The changes that no test notices, and why."""
+    record = records.get("mutants")
+    if record is None:
+        return "not run\n"
+
+    def code(text):
+        return f"`{text}`".replace("|", r"\|")  # it would end the cell
+
+    rows = [
+        [
+            *(code(found[key]) for key in ("file", "function", "line", "change")),
+            (found["reason"] or "**gap**").replace("|", r"\|"),
+        ]
+        for found in record["survivors"]
+    ]
+    if not rows:
+        return "none\n"
+    return markdown(["file", "function", "line", "change", "why it survives"], rows)
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-differences": quickstart_differences,
     "quickstart-models": quickstart_models,
@@ -227,6 +274,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "benchmarks": benchmarks,
     "loss-benchmarks": loss_benchmarks,
     "data-sets": data_sets,
+    "mutants": mutants,
+    "surviving-mutants": surviving_mutants,
 }
 
 

@@ -18,6 +18,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/benchmarks.md",
     "docs/losses.md",
+    "docs/testing.md",
 )
 
 

@@ -97,3 +97,34 @@ def test_the_table_of_data_sets_accounts_for_every_row(tables):
     assert lines[2] == "| pairs/train | 2 | 10 | 7 | longer than a row: 3 | 1 | 91 % |"
     assert lines[3] == "| pairs/train | 2 | 10 | 7 | - | 1 | 91 % |"
     assert tables.data_sets({}) == "not run\n"
+
+
+def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
+    place = {"file": "a.py", "function": "f", "line": "return x | y", "mutation": "m"}
+    counts = {"mutants": 12, "caught": 9, "equivalent": 2, "gaps": 1}
+    record = {
+        "files": {"a.py": counts, "b.py": dict.fromkeys(counts, 0)},
+        "survivors": [
+            place | {"change": "x | y -> x & y", "reason": "x or y is 0"},
+            place | {"change": "x -> y", "reason": None},
+        ],
+        **{"stale": [place], "confirmed": 5, "seconds_per_mutant": 0.52},
+        "environment": {"device": "1 x cpu", "commit": "abcdef0123456789"},
+    }
+    lines = tables.mutants({"mutants": record}).splitlines()
+    assert lines[2:5] == [
+        "| `a.py` | 12 | 9 | 2 | 1 | 90.0 % |",
+        "| `b.py` | 0 | 0 | 0 | 0 | - |",
+        "| all | 12 | 9 | 2 | 1 | 90.0 % |",
+    ]
+    assert "0.5 s a mutant on 1 x cpu; commit abcdef012345." in lines[6]
+    assert "confirmed 5 that were drawn" in lines[6]
+    assert lines[6].endswith("Equivalents that are no more: 1.")
+    lines = tables.surviving_mutants({"mutants": record}).splitlines()
+    assert lines[2:] == [
+        r"| `a.py` | `f` | `return x \| y` | `x \| y -> x & y` | x or y is 0 |",
+        r"| `a.py` | `f` | `return x \| y` | `x -> y` | **gap** |",
+    ]
+    for table in (tables.mutants, tables.surviving_mutants):
+        assert table({}) == "not run\n"
+    assert tables.surviving_mutants({"mutants": record | {"survivors": []}}) == "none\n"
