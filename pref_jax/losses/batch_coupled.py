@@ -106,9 +106,9 @@ def _of_same_rank(values, others, where):
     """
 
     def order(x):
-        return jnp.argsort(fill(jax.lax.stop_gradient(x), where, jnp.inf), stable=True)
+        return jnp.argsort(fill(x, where, jnp.inf))
 
-    rank = jnp.argsort(order(values), stable=True)
+    rank = jnp.argsort(order(values))
     return others[order(others)][rank]
 
 
@@ -166,20 +166,15 @@ def aot_loss(
     >>> [round(float(x), 4) for x in loss]
     [0.6931, 0.6931]
     """
-    rewards = implicit_reward(
-        logps, anchor_logps=jax.lax.stop_gradient(anchor_logps), beta=beta
-    )
+    anchor_logps = jax.lax.stop_gradient(anchor_logps)
+    rewards = implicit_reward(logps, anchor_logps=anchor_logps, beta=beta)
     rewards, _ = _read_batch("logps", rewards, where, "aot_loss")
     logps, where = read_pair("logps", logps, where)
     anchor_logps, _ = read_pair("anchor_logps", anchor_logps, where)
     gap = logps[:, CHOSEN] - logps[:, REJECTED]
     anchor_gap = anchor_logps[:, CHOSEN] - anchor_logps[:, REJECTED]
-    anchor_gap = jax.lax.stop_gradient(_of_same_rank(gap, anchor_gap, where))
-    loss, _ = logistic_loss(
-        beta * jnp.stack([gap, anchor_gap], axis=-1),
-        label_smoothing=label_smoothing,
-        where=where,
-    )
+    matched = jnp.stack([gap, _of_same_rank(gap, anchor_gap, where)], axis=-1)
+    loss, _ = logistic_loss(beta * matched, label_smoothing=label_smoothing)
     return results(loss, pair_metrics(rewards), where)
 
 
@@ -225,8 +220,6 @@ def aot_unpaired_loss(
     chosen, rejected = rewards[:, CHOSEN], rewards[:, REJECTED]
     matched = _of_same_rank(chosen, rejected, where)
     loss, _ = logistic_loss(
-        jnp.stack([chosen, matched], axis=-1),
-        label_smoothing=label_smoothing,
-        where=where,
+        jnp.stack([chosen, matched], axis=-1), label_smoothing=label_smoothing
     )
     return results(loss, pair_metrics(rewards), where)

@@ -30,15 +30,15 @@ def fill(array, where, value: float = 0.0):
     Args:
       array: [..., ...].
       where: None, or bool of the leading axes of `array`.
-      value: what the maths can take.
+      value: of dropped entries.
 
     >>> fill(jnp.array([[1.0, 2.0], [jnp.nan, 3.0]]), jnp.array([True, False])).tolist()
     [[1.0, 2.0], [0.0, 0.0]]
     """
     if where is None:
         return array
-    trailing = (1,) * (array.ndim - where.ndim)
-    return jnp.where(where.reshape(*where.shape, *trailing), array, value)
+    trailing = [None] * (array.ndim - where.ndim)
+    return jnp.where(where[..., *trailing], array, value)
 
 
 def read_pair(name: str, array, where):
@@ -54,27 +54,28 @@ def read_pair(name: str, array, where):
     return fill(array, where), where
 
 
-def read_constant(name: str, array, *, like, of: str, where=None, dropped=0.0):
+def read_constant(name: str, array, *, like, of: str, where=None):
     """What the data says, of the shape and dtype of `like`, without gradient.
+
+    What a dropped entry holds need not be replaced, unless entries are added up: `like`
+    was replaced, and lets no gradient of a dropped entry through.
 
     Args:
       name: of the argument, for messages.
       array: numbers or booleans that broadcast to the shape of `like`.
       like: f32[...], the array that it belongs to.
       of: the name of `like`.
-      where: None, or bool of the leading axes of `like`.
-      dropped: the value of entries that `where` drops.
+      where: None, or bool of the shape of `like`: 0 where it is False.
     """
     array = jnp.asarray(array, like.dtype)
     checks.check_broadcast(name, array, to=like.shape, of=of)
     array = jnp.broadcast_to(array, like.shape)
-    return fill(jax.lax.stop_gradient(array), where, dropped)
+    return fill(jax.lax.stop_gradient(array), where)
 
 
-def read_lengths(lengths, *, like, of: str, where=None):
+def read_lengths(lengths, *, like, of: str):
     """Numbers of tokens of the shape of `like`; at least 1, so that one can divide."""
-    lengths = read_constant("lengths", lengths, like=like, of=of, where=where)
-    return jnp.maximum(lengths, 1.0)
+    return jnp.maximum(read_constant("lengths", lengths, like=like, of=of), 1.0)
 
 
 def accuracy(margin):

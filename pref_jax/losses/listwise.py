@@ -34,22 +34,21 @@ def _read_list(name, array, where):
 
 
 def _logsumexp(values, include):
-    """log sum of exp over the last axis; 0, without gradient, if nothing is included.
+    """log sum of exp over the last axis, of all if nothing is included.
 
     Unlike `jax.nn.logsumexp(where=)` it is finite, and so is its gradient.
     """
-    some = include.any(-1)
-    include = include | ~some[..., None]
+    include = include | ~include.any(-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(include, values, -jnp.inf).max(-1))
     below = jnp.where(include, values - top[..., None], -jnp.inf)
-    return jnp.where(some, top + jnp.log(jnp.exp(below).sum(-1)), 0.0)
+    return top + jnp.log(jnp.exp(below).sum(-1))
 
 
 def _log_softmax(rewards, there):
-    """Of the items that are there, 0 elsewhere; what rewards share costs no digits."""
+    """Of the items that are there; finite elsewhere. What is shared costs no digits."""
     top = jnp.where(there, rewards, -jnp.inf).max(-1, keepdims=True)
     rewards = jnp.where(there, rewards - jax.lax.stop_gradient(top), 0.0)
-    return jnp.where(there, rewards - _logsumexp(rewards, there)[..., None], 0.0)
+    return rewards - _logsumexp(rewards, there)[..., None]
 
 
 def _competitors(rewards):
@@ -201,7 +200,7 @@ def plackett_luce_loss(rewards, *, ranks, where=None):
     1.7918
     """
     rewards, there = _read_list("rewards", rewards, where)
-    ranks = read_constant("ranks", ranks, like=rewards, of="rewards", where=there)
+    ranks = read_constant("ranks", ranks, like=rewards, of="rewards")
     left = (ranks[..., None, :] >= ranks[..., :, None]) & there[..., None, :]
     terms = _logsumexp(_competitors(rewards), left)
     loss = jnp.where(there, terms, 0.0).sum(-1)
@@ -278,14 +277,12 @@ def irpo_mean_loss(rewards, *, weights, where=None):
     """
     rewards, there = _read_list("rewards", rewards, where)
     weights = read_constant("weights", weights, like=rewards, of="rewards", where=there)
-    others = _others(there)
-    number = there.sum(-1)
-    bonus = jnp.log(jnp.maximum(number - 1, 1).astype(rewards.dtype))
-    z = bonus[..., None] - _logsumexp(_competitors(rewards), others)
-    terms = jnp.where(there, weights * jax.nn.log_sigmoid(z), 0.0)
-    loss = -terms.sum(-1) / jnp.maximum(number, 1)
+    number = jnp.maximum(there.sum(-1), 2).astype(rewards.dtype)
+    others = _logsumexp(_competitors(rewards), _others(there))
+    z = jnp.log(number - 1)[..., None] - others
+    loss = -(weights * jax.nn.log_sigmoid(z)).sum(-1) / number
     metrics = {"rewards/accuracy": _list_accuracy(rewards, weights, there)}
-    loss = jnp.where(number < 2, 0.0, loss)
+    loss = jnp.where(there.sum(-1) < 2, 0.0, loss)
     return _of_lists(loss, metrics, there)
 
 
@@ -358,16 +355,15 @@ def lipo_lambda_loss(rewards, *, labels, where=None):
     """
     rewards, there = _read_list("rewards", rewards, where)
     labels = read_constant("labels", labels, like=rewards, of="rewards", where=there)
-    fixed = jnp.where(there, jax.lax.stop_gradient(rewards), -jnp.inf)
-    order = jnp.argsort(fixed, axis=-1, descending=True, stable=True)
-    rank = 1 + jnp.argsort(order, axis=-1, stable=True)
+    order = jnp.argsort(jnp.where(there, rewards, -jnp.inf), descending=True)
+    rank = 1 + jnp.argsort(order)
     discount = 1 / jnp.log1p(rank.astype(rewards.dtype))
-    gain = jnp.exp2(labels) - 1
 
     def difference(x):
         return x[..., :, None] - x[..., None, :]
 
-    delta = jnp.abs(difference(gain) * difference(discount))
+    # The 1 that is taken from each gain cancels.
+    delta = jnp.abs(difference(jnp.exp2(labels)) * difference(discount))
     wanted = (difference(labels) > 0) & there[..., :, None] & there[..., None, :]
     terms = -delta * jax.nn.log_sigmoid(difference(rewards))
     loss = jnp.where(wanted, terms, 0.0).sum((-2, -1))
@@ -399,6 +395,6 @@ def listnet_loss(rewards, *, labels, where=None):
     0.6931
     """
     rewards, there = _read_list("rewards", rewards, where)
-    labels = read_constant("labels", labels, like=rewards, of="rewards", where=there)
+    labels = read_constant("labels", labels, like=rewards, of="rewards")
     targets = distributions.softmax(labels, temperature=1.0, where=there)
     return listwise_cross_entropy(rewards, targets=targets, where=there)

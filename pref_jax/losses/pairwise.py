@@ -85,7 +85,7 @@ def logistic_loss(
     rewards, where = read_pair("rewards", rewards, where)
     h = _margin(rewards)
     if margin is not None:
-        h -= read_constant("margin", margin, like=h, of="rewards[..., 0]", where=where)
+        h -= read_constant("margin", margin, like=h, of="rewards[..., 0]")
     loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(h)
     loss -= label_smoothing * jax.nn.log_sigmoid(-h)
     return results(loss, pair_metrics(rewards), where)
@@ -265,7 +265,7 @@ def length_regularized_loss(rewards, *, lengths, alpha: float, where=None):
     """
     checks.check_not_negative("alpha", alpha)
     rewards, where = read_pair("rewards", rewards, where)
-    lengths = read_constant("lengths", lengths, like=rewards, of="rewards", where=where)
+    lengths = read_constant("lengths", lengths, like=rewards, of="rewards")
     loss = -jax.nn.log_sigmoid(_margin(rewards) + alpha * _margin(lengths))
     return results(loss, pair_metrics(rewards), where)
 
@@ -303,7 +303,7 @@ def reward_aware_loss(rewards, *, grades, eta: float, where=None):
     """
     checks.check_positive("eta", eta)
     rewards, where = read_pair("rewards", rewards, where)
-    grades = read_constant("grades", grades, like=rewards, of="rewards", where=where)
+    grades = read_constant("grades", grades, like=rewards, of="rewards")
     h, target = _margin(rewards), eta * _margin(grades)
     p, q = jax.nn.sigmoid(target), jax.nn.sigmoid(-target)
     loss = p * (jax.nn.log_sigmoid(target) - jax.nn.log_sigmoid(h))
@@ -465,9 +465,7 @@ def sppo_loss(log_ratios, *, beta: float, win_rates=(1.0, 0.0), where=None):
     """
     checks.check_positive("beta", beta)
     log_ratios, where = read_pair("log_ratios", log_ratios, where)
-    win_rates = read_constant(
-        "win_rates", win_rates, like=log_ratios, of="log_ratios", where=where
-    )
+    win_rates = read_constant("win_rates", win_rates, like=log_ratios, of="log_ratios")
     loss = jnp.square(log_ratios - (win_rates - 0.5) / beta).sum(-1)
     return results(loss, pair_metrics(beta * log_ratios), where)
 
@@ -596,7 +594,7 @@ def length_normalized_dpo_loss(
         logps, anchor_logps=jax.lax.stop_gradient(anchor_logps), beta=beta
     )
     rewards, where = read_pair("logps", rewards, where)
-    rewards /= read_lengths(lengths, like=rewards, of="logps", where=where)
+    rewards /= read_lengths(lengths, like=rewards, of="logps")
     return logistic_loss(rewards, label_smoothing=label_smoothing, where=where)
 
 
@@ -649,7 +647,7 @@ def rpo_loss(
         logps, anchor_logps=anchor_logps, beta=beta, where=where
     )
     logps, where = read_pair("logps", logps, where)
-    lengths = read_lengths(lengths, like=logps, of="logps", where=where)
+    lengths = read_lengths(lengths, like=logps, of="logps")
     nll = -logps[..., CHOSEN] / lengths[..., CHOSEN]
     metrics |= {"loss/preference": preference, "loss/nll": nll}
     return results(preference + alpha * nll, metrics, where)

@@ -62,7 +62,7 @@ def simpo_loss(
     checks.check_positive("beta", beta)
     checks.check_not_negative("gamma", gamma)
     logps, where = read_pair("logps", logps, where)
-    lengths = read_lengths(lengths, like=logps, of="logps", where=where)
+    lengths = read_lengths(lengths, like=logps, of="logps")
     return logistic_loss(
         beta * logps / lengths,
         margin=gamma,
@@ -110,7 +110,7 @@ def orpo_loss(logps, *, lengths, lambda_: float, where=None):
     """
     checks.check_not_negative("lambda_", lambda_)
     logps, where = read_pair("logps", logps, where)
-    mean = logps / read_lengths(lengths, like=logps, of="logps", where=where)
+    mean = logps / read_lengths(lengths, like=logps, of="logps")
     capped = jnp.minimum(mean, _LOG_ODDS_CAP)
     log_odds = capped - jnp.log(-jnp.expm1(capped))
     nll = -mean[..., CHOSEN]

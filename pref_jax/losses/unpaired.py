@@ -83,7 +83,7 @@ def kto_loss(
     checks.check_positive("desirable_weight", desirable_weight)
     checks.check_positive("undesirable_weight", undesirable_weight)
     rewards, sign, where = _read(rewards, desirable, where)
-    kl = read_constant("kl", kl, like=rewards, of="rewards", where=where)
+    kl = read_constant("kl", kl, like=rewards, of="rewards")
     signed = sign * (rewards - kl)
     weight = jnp.where(sign > 0, desirable_weight, undesirable_weight)
     loss = weight * jax.nn.sigmoid(-signed)
@@ -126,6 +126,6 @@ def bco_loss(rewards, *, desirable, delta, where=None):
     [0.3133, 0.6931]
     """
     rewards, sign, where = _read(rewards, desirable, where)
-    delta = read_constant("delta", delta, like=rewards, of="rewards", where=where)
+    delta = read_constant("delta", delta, like=rewards, of="rewards")
     signed = sign * (rewards - delta)
     return results(-jax.nn.log_sigmoid(signed), _metrics(rewards, signed), where)
