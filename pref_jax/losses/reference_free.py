@@ -156,9 +156,7 @@ def cpo_loss(
     checks.check_positive("beta", beta)
     checks.check_not_negative("alpha", alpha)
     logps, where = read_pair("logps", logps, where)
-    preference, metrics = logistic_loss(
-        beta * logps, label_smoothing=label_smoothing, where=where
-    )
+    preference, metrics = logistic_loss(beta * logps, label_smoothing=label_smoothing)
     nll = -logps[..., CHOSEN]
     metrics |= {"loss/preference": preference, "loss/nll": nll}
     return results(preference + alpha * nll, metrics, where)

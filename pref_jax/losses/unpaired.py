@@ -22,14 +22,13 @@ from pref_jax.losses.entries import (
 
 
 def _read(rewards, desirable, where):
-    """(rewards without what is dropped, +1 or -1 by label, where)."""
+    """(rewards without what is dropped, labels of their shape, where)."""
     checks.check_floating("rewards", rewards)
     checks.check_bool("desirable", desirable)
     rewards = checks.at_least_float32(rewards)
     checks.check_broadcast("desirable", desirable, to=rewards.shape, of="rewards")
     where = inclusion(where, shape=rewards.shape, of="rewards")
-    sign = jnp.where(desirable, 1.0, -1.0).astype(rewards.dtype)
-    return fill(rewards, where), jnp.broadcast_to(sign, rewards.shape), where
+    return fill(rewards, where), jnp.broadcast_to(desirable, rewards.shape), where
 
 
 def _metrics(rewards, signed):
@@ -82,10 +81,10 @@ def kto_loss(
     """
     checks.check_positive("desirable_weight", desirable_weight)
     checks.check_positive("undesirable_weight", undesirable_weight)
-    rewards, sign, where = _read(rewards, desirable, where)
-    kl = read_constant("kl", kl, like=rewards, of="rewards")
-    signed = sign * (rewards - kl)
-    weight = jnp.where(sign > 0, desirable_weight, undesirable_weight)
+    rewards, desirable, where = _read(rewards, desirable, where)
+    gain = rewards - read_constant("kl", kl, like=rewards, of="rewards")
+    signed = jnp.where(desirable, gain, -gain)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
     loss = weight * jax.nn.sigmoid(-signed)
     return results(loss, _metrics(rewards, signed), where)
 
@@ -125,7 +124,7 @@ def bco_loss(rewards, *, desirable, delta, where=None):
     >>> [round(float(x), 4) for x in loss]
     [0.3133, 0.6931]
     """
-    rewards, sign, where = _read(rewards, desirable, where)
-    delta = read_constant("delta", delta, like=rewards, of="rewards")
-    signed = sign * (rewards - delta)
+    rewards, desirable, where = _read(rewards, desirable, where)
+    logit = rewards - read_constant("delta", delta, like=rewards, of="rewards")
+    signed = jnp.where(desirable, logit, -logit)
     return results(-jax.nn.log_sigmoid(signed), _metrics(rewards, signed), where)
