@@ -54,8 +54,12 @@ FILES = (
 )
 # Besides the file of the same place: tests/losses/test_pairwise.py of losses/pairwise.
 SHARED_TESTS = {
-    "pref_jax/losses/*.py": ("tests/losses/test_all_losses.py",),
+    "pref_jax/losses/*.py": (
+        "tests/losses/test_all_losses.py",
+        "tests/losses/test_outside_values.py",
+    ),
     "pref_jax/losses/entries.py": ("tests/losses/test_pairwise.py",),
+    "pref_jax/logps.py": ("tests/test_token_weights.py",),
 }
 _LIFETIME = 200  # mutants of a process: jax keeps all that it compiled
 _BETWEEN_CONTROLS = 100  # mutants of a file; then the unchanged one must still pass
@@ -368,7 +372,7 @@ def run_tests(
             progress.count(done)
 
 
-def confirm(root: pathlib.Path, mutants: Iterable[tuple[Mutant, bool]]) -> list[str]:
+def confirm(root: pathlib.Path, mutants: list[tuple[Mutant, bool]]) -> list[str]:
     """Repeat results the slow way; a line for each that is another one.
 
     Args:
@@ -376,11 +380,14 @@ def confirm(root: pathlib.Path, mutants: Iterable[tuple[Mutant, bool]]) -> list[
       mutants: (mutant, whether it was caught).
     """
     others = []
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress("confirmed", len(mutants), unit="mutants") as progress,
+    ):
         clone = pathlib.Path(folder) / "clone"
         left_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
         shutil.copytree(root, clone, ignore=left_out)
-        for mutant, caught in mutants:
+        for done, (mutant, caught) in enumerate(mutants, start=1):
             original = (clone / mutant.file).read_text("utf-8")
             (clone / mutant.file).write_text(mutant.source, "utf-8")
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow"]
@@ -393,6 +400,7 @@ def confirm(root: pathlib.Path, mutants: Iterable[tuple[Mutant, bool]]) -> list[
             (clone / mutant.file).write_text(original, "utf-8")
             if (process.returncode != 0) != caught:
                 others.append(f"{mutant}: exit code {process.returncode}")
+            progress.count(done)
     return others
 
 

@@ -1,6 +1,7 @@
 """scripts/mutants.py: which changes are made, what tests say, and what is recorded."""
 
 import dataclasses
+import doctest
 import json
 import os
 import re
@@ -405,17 +406,14 @@ def test_an_equivalent_needs_a_reason(root):
         mutants.read_reasons(root)
 
 
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        ("pref_jax/rewards.py", ["tests/test_rewards.py"]),
-        ("pref_jax/losses/supervised.py", ["tests/losses/test_supervised.py"]),
-        ("pref_jax/losses/entries.py", ["tests/losses/test_pairwise.py"]),
-    ],
-)
-def test_a_file_has_the_tests_of_its_place(file, expected):
-    found = set(mutants.tests_of(file)) - {"tests/losses/test_all_losses.py"}
-    assert found >= set(expected)
+def test_a_file_has_the_tests_of_its_place_and_shared_ones():
+    assert mutants.tests_of("pref_jax/rewards.py") == ("tests/test_rewards.py",)
+    every = ("losses/test_all_losses.py", "losses/test_outside_values.py")
+    every = tuple(f"tests/{name}" for name in every)
+    own = ("tests/losses/test_listwise.py", *every)
+    assert mutants.tests_of("pref_jax/losses/listwise.py") == own
+    others = (*every, "tests/losses/test_pairwise.py")
+    assert mutants.tests_of("pref_jax/losses/entries.py") == others
 
 
 @pytest.mark.parametrize(
@@ -440,3 +438,9 @@ def test_commands_of_the_page_and_the_docstring_are_understood(pytestconfig):
     assert len(commands) == 6
     for command in commands:
         tyro.cli(Config, args=shlex.split(command))
+
+
+@pytest.mark.parametrize("module", [mutants, mutations])
+def test_examples_run(module):
+    failed, ran = doctest.testmod(module)
+    assert ran and not failed
