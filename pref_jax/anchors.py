@@ -49,7 +49,7 @@ def none() -> Anchor:
 
     def scores(model, anchor_params, batch, policy_scores):
         del model, anchor_params, batch
-        return jax.tree.map(jnp.zeros_like, jax.lax.stop_gradient(policy_scores))
+        return jax.tree.map(jnp.zeros_like, policy_scores)
 
     return Anchor(scores, _never)
 
@@ -79,7 +79,6 @@ def fixed(score: Callable[..., Scores] = response_scores) -> Anchor:
                 "`batch.extras['anchor_logps']`; got neither. Pass the initial "
                 "parameters as the state's anchor, or store the logps first."
             )
-        anchor_params = jax.lax.stop_gradient(anchor_params)
         return jax.lax.stop_gradient(score(model, anchor_params, batch))
 
     return Anchor(scores, _never)
@@ -162,7 +161,6 @@ def _moving(name, score):
                 f"`anchors.{name}` needs anchor parameters to start from; got none. "
                 f"Pass the initial parameters as the state's anchor."
             )
-        anchor_params = jax.lax.stop_gradient(anchor_params)
         return jax.lax.stop_gradient(score(model, anchor_params, batch))
 
     return scores
@@ -214,8 +212,8 @@ def _read_sources(source_logps, pivot_logps, where):
     """What all fusions check: logps with 0 where no source is, pivot, bool[..., M]."""
     checks.check_floating("source_logps", source_logps)
     checks.check_floating("pivot_logps", pivot_logps)
-    source_logps = checks.at_least_float32(jax.lax.stop_gradient(source_logps))
-    pivot_logps = checks.at_least_float32(jax.lax.stop_gradient(pivot_logps))
+    source_logps, pivot_logps = jax.lax.stop_gradient((source_logps, pivot_logps))
+    source_logps = checks.at_least_float32(source_logps)
     checks.check_same_shape(
         "pivot_logps", pivot_logps, like=source_logps[..., 0], of="source_logps"
     )
@@ -267,7 +265,7 @@ def fuse_max_margin(source_logps, *, pivot_logps, where=None):
     higher, apart = jnp.maximum(source_logps, pivot), jnp.abs(source_logps - pivot)
     margin = jnp.where(where, -jnp.exp(higher) * jnp.expm1(-apart), -1.0)
     best = margin.argmax(-1, keepdims=True)
-    fused = jnp.take_along_axis(source_logps, best, axis=-1)[..., 0]
+    fused = jnp.take_along_axis(source_logps, best, axis=-1).squeeze(-1)
     return jnp.where(where.any(-1), fused, pivot_logps)
 
 
@@ -368,8 +366,7 @@ def fused(
         initial = response_mean(before.logp, where=batch.loss_mask)
         lengths = batch.extras["source_lengths"]
         there = lengths > 0
-        sources = jnp.where(there, batch.extras["source_logps"], 0.0)
-        sources = sources / jnp.maximum(lengths, 1.0)
+        sources = batch.extras["source_logps"] / jnp.maximum(lengths, 1.0)
         if clip:
             sources = clip_to_initial(sources, initial_logps=initial)
         pivot = initial

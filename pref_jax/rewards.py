@@ -58,7 +58,7 @@ def _log_ratio(logps, anchor_logps):
         checks.check_floating(name, array)
     checks.check_same_shape("anchor_logps", anchor_logps, like=logps, of="logps")
     # Widened first: two bfloat16 numbers that nearly cancel would leave nothing.
-    return checks.at_least_float32(logps) - checks.at_least_float32(anchor_logps)
+    return checks.at_least_float32(logps) - anchor_logps
 
 
 def _safe_log_ratio(logps, anchor_logps, where):

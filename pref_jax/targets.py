@@ -21,8 +21,7 @@ _SMALLEST_RANK = 1e-3
 
 def _read(name, array, where):
     """f32[..., K] without gradient and with 0 in what is dropped, and bool[..., K]."""
-    array = jnp.asarray(array)
-    array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    array = checks.at_least_float32(array)
     if not array.ndim:
         raise ValueError(f"`{name}` needs a last axis of responses; got a number.")
     there = jnp.ones(array.shape, bool)
@@ -148,12 +147,12 @@ def smoothed(targets, *, smoothing: float, where=None):
 
 
 def _median(values, there):
-    """Median over the last axis of the values that are there: f32[..., 1]."""
+    """Median over the last axis of the values that are there, else inf: f32[..., 1]."""
     ordered = jnp.sort(jnp.where(there, values, jnp.inf), axis=-1)
     number = there.sum(-1, keepdims=True)
-    low = jnp.take_along_axis(ordered, jnp.maximum(number - 1, 0) // 2, axis=-1)
-    high = jnp.take_along_axis(ordered, number // 2 - (number == 0), axis=-1)
-    return jnp.where(number > 0, (low + high) / 2, 0.0)
+    low = jnp.take_along_axis(ordered, (number - 1) // 2, axis=-1)
+    high = jnp.take_along_axis(ordered, number // 2, axis=-1)
+    return (low + high) / 2
 
 
 def kde(grades, *, temperature: float, bandwidth: float | None = None, where=None):
