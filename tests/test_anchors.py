@@ -97,6 +97,29 @@ def test_an_anchor_that_never_changes_is_kept_by_refresh(anchor):
     assert anchor.refresh(params, jnp.asarray(7), ()) == ()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [anchors.fixed, functools.partial(anchors.snapshot, every=2)]
+    + [functools.partial(anchors.ema, decay=0.5)],
+    ids=["fixed", "snapshot", "ema"],
+)
+def test_no_gradient_passes_a_score_that_reads_more_than_its_parameters(make):
+    def total(scale):
+        def score(model, params, batch):
+            return Scores(logp=scale * params["x"] * batch.loss_mask)
+
+        params = {"x": jnp.asarray(-3.0)}
+        return make(score=score).scores("model", params, batch(), POLICY).logp.sum()
+
+    value, gradient = jax.value_and_grad(total)(2.0)
+    assert float(value) == -6.0 * batch().loss_mask.sum() and float(gradient) == 0
+
+
+def test_an_anchor_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FIXED.refresh = None
+
+
 # --- anchors that move ----------------------------------------------------------------
 
 MOVING = {
@@ -440,6 +463,24 @@ def test_no_gradient_passes_a_fused_anchor():
     arrays = [jnp.full(found.loss_mask.shape, x) for x in (-1.0, -0.5)]
     gradients = jax.grad(total, argnums=(0, 1))(*arrays)
     assert not any(np.asarray(x).any() for x in gradients)
+
+
+def test_no_gradient_passes_a_fusion_of_ones_own():
+    found = scored_batch()
+
+    def fuse(source_logps, *, pivot_logps, where):
+        return jnp.where(where, source_logps, pivot_logps[..., None]).mean(-1)
+
+    def total(source_logps):
+        extras = found.extras | {"source_logps": source_logps}
+        scored = dataclasses.replace(found, extras=extras)
+        anchor = anchors.fused(fuse, clip=False)
+        return anchor.scores(None, (), scored, POLICY).mean_logp.sum()
+
+    value, gradient = jax.value_and_grad(total)(
+        jnp.full(found.extras["source_logps"].shape, -1.0)
+    )
+    assert float(value) < 0 and not gradient.any()
 
 
 @pytest.mark.parametrize("name", ["source_logps", "source_lengths"])

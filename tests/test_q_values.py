@@ -166,6 +166,28 @@ def test_what_does_not_count_reaches_no_gradient():
     np.testing.assert_allclose(of_terminal, [-1.0, -1.0])
 
 
+def test_tokens_of_bfloat16_are_valued_in_float32():
+    """0.3 (2 - 1.0078125) + 256 - 255.5 needs more than eight bits."""
+    narrow = [
+        jnp.array(x, jnp.bfloat16) for x in ([-1.0078125], [-2.0], [256.0], [0.5])
+    ]
+    options = {"beta": 0.3, "where": jnp.array([True]), "terminal_value": 255.5}
+
+    def run(arrays):
+        first, anchor, values, rewards = arrays
+        options_ = options | {"anchor_logps": anchor, "values": values}
+        return (
+            q_values.token_rewards(first, **options_),
+            q_values.soft_bellman_residual(first, rewards=rewards, **options_),
+        )
+
+    got = run(narrow)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.float32)}
+    expected = run([x.astype(jnp.float32) for x in narrow])
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert float(got[0][0]) == pytest.approx(0.79765625, abs=5e-5)  # near 256
+
+
 # --- the residual ---------------------------------------------------------------------
 
 
