@@ -308,6 +308,10 @@ def test_a_fusion_has_no_gradient_and_is_in_float32_or_wider(name):
         lambda s, p: FUSIONS[name](s, pivot_logps=p).sum(), argnums=(0, 1)
     )(sources, pivot)
     assert not any(np.asarray(x).any() for x in gradients)
+    alone = jax.grad(
+        lambda p: FUSIONS[name](sources, pivot_logps=p, where=sources > 0).sum()
+    )
+    assert not alone(pivot).any()
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in (sources / 3, pivot / 3)]
     got = FUSIONS[name](narrow[0], pivot_logps=narrow[1])
     wide = [x.astype(jnp.float32) for x in narrow]
@@ -437,6 +441,15 @@ def test_the_fused_anchor_is_one_number_a_response(name, clip, pivot_is_policy):
     np.testing.assert_allclose(got.mean_logp, expected, rtol=1e-5, atol=1e-6)
     assert got.logp is None
     assert anchor.refresh({"x": 1}, 3, "kept") == "kept"
+
+
+def test_unless_told_a_fused_anchor_clips_and_measures_from_before_training():
+    found = scored_batch()
+    policy = jnp.full(found.loss_mask.shape, -9.0)
+    got = anchors.fused().scores(None, (), found, Scores(logp=policy))
+    initial = mean_of(found.extras["anchor_logps"])
+    expected = fused_by_hand("fuse_max_margin", initial, clip=True)
+    np.testing.assert_allclose(got.mean_logp, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_fused_anchor_starts_from_live_parameters_too():

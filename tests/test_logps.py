@@ -310,6 +310,18 @@ def test_nothing_is_computed_twice_if_one_chunk_is_enough(states):
     assert "scan" not in program(P)
 
 
+@pytest.mark.parametrize(
+    ("elements", "chunk"), [(1, 1), (3 * V * G, 3), (3 * V * G - 1, 2), (99 * V * G, P)]
+)
+def test_a_chunk_is_as_large_as_its_logits_may_be(states, monkeypatch, elements, chunk):
+    monkeypatch.setattr(logps, "_CHUNK_ELEMENTS", elements)
+
+    def program(**options):
+        return str(jax.make_jaxpr(lambda *x: logps.token_stats(*x, **options))(*states))
+
+    assert program() == program(chunk=chunk) != program(chunk=chunk - 1 or P)
+
+
 def test_a_far_off_token_has_a_finite_gradient(states):
     _, _, targets, predict = states
 
@@ -334,6 +346,7 @@ def test_a_far_off_token_has_a_finite_gradient(states):
     [
         ({"want": ("logp", "perplexity")}, "`want` may name .*entropy.*; got perplex"),
         ({"unembedding": np.zeros((V, D + 1))}, r"one width; got f32\[3, 11, 6\] and"),
+        ({"unembedding": np.zeros((V, D - 1))}, r"one width; got f32\[3, 11, 6\] and"),
         ({"targets": np.zeros((G, L - 1), np.int32)}, "`targets` needs the shape of"),
     ],
 )

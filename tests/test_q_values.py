@@ -205,6 +205,23 @@ def test_the_residual_is_arithmetic():
     assert got.tolist() == [-2.0, 0.0, 3.25]
 
 
+def test_after_the_last_token_nothing_is_to_come_unless_told():
+    arrays = {name: jnp.zeros(1) for name in ("anchor_logps", "values")}
+    options = arrays | {"beta": 1.0, "where": jnp.array([True])}
+    residual = q_values.soft_bellman_residual(
+        jnp.zeros(1), rewards=jnp.zeros(1), **options
+    )
+    assert residual.tolist() == [0.0]
+    assert q_values.token_rewards(jnp.zeros(1), **options).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("kind", [q_values.LogitValues, q_values.ResponseValues])
+def test_values_cannot_be_changed(kind):
+    values = kind(*(jnp.zeros(1) for _ in dataclasses.fields(kind)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        values.q = None
+
+
 def test_the_rewards_of_a_policy_leave_no_residual():
     """Logits are Q / beta: r = Q - beta log pi_0 - V' for every token that counts."""
     rng = np.random.default_rng(0)
