@@ -74,7 +74,7 @@ def token_stats(
     checks.check_same_shape("targets", targets, like=hidden[..., 0], of="hidden")
     num_rows, num_predict = predict.shape
     if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS // (num_rows * unembedding.shape[0]))
+        chunk = _default_chunk(num_rows, unembedding.shape[0])
     index = jnp.maximum(predict, 0)
     hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
     targets = jnp.take_along_axis(targets, index, axis=1)
@@ -95,6 +95,10 @@ def token_stats(
         name: jnp.where(keep, value.reshape(predict.shape), 0.0)
         for name, value in stats.items()
     }
+
+
+def _default_chunk(num_rows, vocab_size):
+    return max(1, _CHUNK_ELEMENTS // (num_rows * vocab_size))
 
 
 def _row_axes():
@@ -152,11 +156,12 @@ def _join_chunks(x, length):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _chunked_statistics(hidden, unembedding, targets, want, chunk):
     def body(_, inputs):
-        return None, _statistics(inputs[0], unembedding, inputs[1], want)
+        hidden, targets = inputs
+        return None, _statistics(hidden, unembedding, targets, want)
 
     chunks = (_split_chunks(hidden, chunk), _split_chunks(targets, chunk))
     _, stats = jax.lax.scan(body, None, chunks)
-    return jax.tree.map(lambda x: _join_chunks(x, hidden.shape[2]), stats)
+    return jax.tree.map(lambda x: _join_chunks(x, targets.shape[-1]), stats)
 
 
 def _chunked_forward(hidden, unembedding, targets, want, chunk):
@@ -179,7 +184,7 @@ def _chunked_backward(want, chunk, residuals, grads):
     zeros = jnp.zeros(unembedding.shape, jnp.float32)
     zeros = _constrain(zeros, _row_axes(), "tensor", None)
     total, d_hidden = jax.lax.scan(body, zeros, chunks)
-    d_hidden = _join_chunks(d_hidden, hidden.shape[2])
+    d_hidden = _join_chunks(d_hidden, targets.shape[-1])
     return d_hidden, total.astype(unembedding.dtype), None
 
 
@@ -481,7 +486,7 @@ def token_logps(logits, *, targets):
     checks.check_floating("logits", logits)
     checks.check_same_shape("targets", targets, like=logits[..., 0], of="logits")
     logps = jax.nn.log_softmax(checks.at_least_float32(logits))
-    return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+    return jnp.take_along_axis(logps, targets[..., None], axis=-1).squeeze(-1)
 
 
 def token_kl(
@@ -506,7 +511,7 @@ def token_kl(
     """
     num_rows = batch.predict.shape[0]
     if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS // (num_rows * model.vocab_size))
+        chunk = _default_chunk(num_rows, model.vocab_size)
     index = jnp.maximum(batch.predict, 0)[..., None]
 
     def states(p):
@@ -522,7 +527,9 @@ def token_kl(
         return jax.nn.log_softmax(logits)
 
     def body(_, inputs):
-        log_p, log_q = log_probs(inputs[0], params), log_probs(inputs[1], anchor_params)
+        of_policy, of_anchor = inputs
+        log_p = log_probs(of_policy, params)
+        log_q = log_probs(of_anchor, anchor_params)
         return None, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
     _, kl = jax.lax.scan(body, None, (states(params), states(anchor_params)))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fixtures
 import oracles
@@ -506,6 +506,12 @@ def test_rows_that_the_devices_cannot_share_are_scored_too(states):
     np.testing.assert_allclose(got, plain_stats(*states)["logp"], rtol=1e-5, atol=1e-5)
 
 
+def test_a_mesh_of_ones_own_axes_is_left_alone(states):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))):
+        got = jax.jit(logps.token_stats)(*states)["logp"]
+    np.testing.assert_allclose(got, plain_stats(*states)["logp"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (8, 1, 1)], ids=str)
 def test_the_loop_over_chunks_holds_no_collective(sizes):
     in_loops, everywhere = collectives(compiled_scoring(sizes)[0].as_text())
@@ -568,8 +574,9 @@ def test_response_sum_names_a_wrong_mask(where, error, message):
 
 def test_token_kl_is_exact_and_zero_from_itself():
     both = [fixtures.random_params(seed) for seed in (0, 1)]
-    groups = fixtures.random_groups(5, 3, 2)
+    groups = fixtures.random_groups(6, 3, 2)
     batch = fixtures.pack_all(groups, 40)
+    assert (batch.predict == 0).any()  # a prompt of one token begins a row
     token_kl = jax.jit(
         lambda params, anchor_params, batch: logps.token_kl(
             fixtures.decoder(), params, batch, anchor_params=anchor_params, chunk=4

@@ -179,6 +179,16 @@ def test_tokens_beyond_the_shorter_response_count_alpha():
     np.testing.assert_array_equal(got, np.array(expected) == 1)
 
 
+def test_pairs_may_have_any_leading_axes():
+    _, where = random_tokens(shape=(3, 4, 2, 7))
+    got = logps.length_desensitized_weights(where, alpha=0.4)
+    for index in np.ndindex(3, 4):
+        alone = logps.length_desensitized_weights(where[index], alpha=0.4)
+        np.testing.assert_array_equal(got[index], alone)
+        expected = loss_oracles.length_desensitized_weights(where[index], alpha=0.4)
+        np.testing.assert_allclose(alone, expected, rtol=1e-6)
+
+
 def test_length_desensitized_weights_are_the_oracles():
     _, where = random_tokens()
     got = logps.length_desensitized_weights(where, alpha=0.4)
