@@ -80,14 +80,6 @@ def test_without_where_nothing_is_dropped(case):
     assert_close(metrics, case.expected_metrics(arrays))
 
 
-@cases(lambda case: case.kind == "list")
-def test_lists_of_two_are_the_oracles(case):
-    arrays, where = case.draw(3, num_responses=2), ITEMS_KEPT[:, :2]
-    loss, metrics = case.call(arrays, where)
-    assert_close(loss, case.expected_loss(arrays, where))
-    assert_close(metrics, case.expected_metrics(arrays, where))
-
-
 @every_loss
 def test_float64_stays_and_is_exact_to_its_precision(case):
     with jax.enable_x64(True):
@@ -487,7 +479,7 @@ def test_label_smoothing_is_at_most_one_half(case, smoothing):
 
 
 @every_loss
-def test_derivatives_of_first_and_second_order_are_those_of_the_values(case):
+def test_the_second_derivative_is_that_of_the_first(case):
     with jax.enable_x64(True):
         arrays = {k: jnp.asarray(x) for k, x in case.draw(6).items()}
         first = arrays.pop(case.first)
@@ -495,6 +487,6 @@ def test_derivatives_of_first_and_second_order_are_those_of_the_values(case):
         def total(x):
             return case.call({case.first: x} | arrays)[0].sum()
 
-        check = functools.partial(jax.test_util.check_grads, rtol=1e-4, atol=1e-4)
-        check(total, (first,), order=1)
-        check(jax.grad(total), (first,), order=1, modes=["fwd"])
+        jax.test_util.check_grads(
+            jax.grad(total), (first,), order=1, modes=["fwd"], rtol=1e-4, atol=1e-4
+        )

@@ -169,6 +169,15 @@ def test_of_equal_gaps_the_first_pair_has_the_lower_rank():
     np.testing.assert_allclose(loss, [nls(0.5), nls(0.25), nls(0.25)], rtol=1e-6)
 
 
+def test_ties_go_by_slot_in_a_large_batch_too():
+    """Sorts that are not stable agree with those that are on a few entries alone."""
+    ties = np.zeros((200, 2), np.float32)
+    anchor = np.stack([np.arange(200) / 100, np.zeros(200)], -1).astype(np.float32)
+    loss, _ = losses.aot_loss(ties, anchor_logps=anchor, beta=1.0)
+    expected = [nls(-x) for x in anchor[:, 0].tolist()]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def random_logps():
     rng = np.random.default_rng(0)
     return rng.uniform(-9, -1, (2, 6, 2)).astype(np.float32)
