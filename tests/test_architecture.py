@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 
 import pref_jax
+from pref_jax import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -273,6 +274,7 @@ def test_every_public_name_is_where_the_package_says():
     for name in pref_jax.__all__:
         assert getattr(pref_jax, name) is not None
     assert set(dir(pref_jax)) == set(pref_jax.__all__)
+    assert set(losses.__all__) <= set(pref_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pref_jax.nothing
 
