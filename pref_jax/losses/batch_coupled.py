@@ -108,8 +108,7 @@ def _of_same_rank(values, others, where):
     def order(x):
         return jnp.argsort(fill(x, where, jnp.inf))
 
-    rank = jnp.argsort(order(values))
-    return others[order(others)][rank]
+    return jnp.zeros_like(others).at[order(values)].set(others[order(others)])
 
 
 def _read_batch(name, array, where, loss):
