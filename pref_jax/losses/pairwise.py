@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pref_jax import checks
 from pref_jax.losses.entries import (
+    LISTWISE,
     pair_metrics,
     read_constant,
     read_lengths,
@@ -542,6 +543,7 @@ def dpo_loss(
     >>> round(float(loss[0]), 6)
     0.693147
     """
+    checks.check_pair("logps", logps, use_instead=LISTWISE)
     rewards = implicit_reward(
         logps, anchor_logps=jax.lax.stop_gradient(anchor_logps), beta=beta
     )

@@ -390,7 +390,7 @@ def of_width(case, width):
 
 @cases(lambda case: case.kind == "pair")
 def test_a_pair_has_two_responses(case):
-    message = r"`\w+` needs a last axis of 2 .*; got f32\[8, 3\].\n.*listwise"
+    message = rf"`{case.first}` needs a last axis of 2 .*; got f32\[8, 3\].\n.*listwise"
     with pytest.raises(ValueError, match=message):
         case.call(of_width(case, 3))
 
