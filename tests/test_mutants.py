@@ -412,7 +412,7 @@ def test_a_file_has_the_tests_of_its_place_and_shared_ones():
     every = tuple(f"tests/{name}" for name in every)
     own = ("tests/losses/test_listwise.py", *every)
     assert mutants.tests_of("pref_jax/losses/listwise.py") == own
-    others = (*every, "tests/losses/test_pairwise.py")
+    others = ("tests/losses/test_entries.py", *every, "tests/losses/test_pairwise.py")
     assert mutants.tests_of("pref_jax/losses/entries.py") == others
 
 
