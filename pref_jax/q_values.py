@@ -14,8 +14,8 @@ leaves it free. Only the advantage Q - V is identified. Q and V are what the net
 parametrisation makes of them, and a claim about them needs controls (entropy, length,
 an untrained network). Logits are raw: before temperature, capping or a bias.
 
-Source: "From r to Q*", arXiv:2404.12358, section 4; for SFT: "Implicit reward as the
-bridge", arXiv:2507.00018 (the numbers of its equations are not verified).
+Source: "From r to Q*", arXiv:2404.12358, and for SFT "Implicit reward as the bridge",
+arXiv:2507.00018 (the numbers of their equations are not verified).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def token_rewards(
     Over a response the values cancel but for the first and the last: the rewards add up
     to beta times the log-ratio of the response plus the value of the prompt.
 
-    Source: arXiv:2404.12358, section 4.2; potential shaping of the log-ratio.
+    Source: as the module; potential shaping of the log-ratio.
     Checked: on a token MDP solved exactly.
 
     Args:
@@ -182,7 +182,7 @@ def soft_bellman_residual(
     0 everywhere for the optimal policy of that reward, if its logits are Q / beta. With
     `token_rewards` of the same values it is 0 by construction.
 
-    Source: arXiv:2404.12358, section 4.1.
+    Source: as the module.
     Checked: on a token MDP solved exactly.
 
     Args:

@@ -87,7 +87,7 @@ def forward_kl_reward(logps, *, anchor_logps, beta: float, where=None):
     With `logistic_loss` on it: f-DPO. The exponential is continued by its tangent
     above an exponent of 40.
 
-    Source: f-DPO, arXiv:2309.16240, table 1, f'(u) = -1 / u, plus a constant that a
+    Source: f-DPO, arXiv:2309.16240, f'(u) = -1 / u, plus a constant that a
     pair cancels.
     Convention: TRL's `forward_kl`, whose constant is 1.
     Checked: with `logistic_loss` against TRL 1.16.0 (`forward_kl`) in value and
@@ -123,7 +123,7 @@ def jensen_shannon_reward(logps, *, anchor_logps, beta: float, where=None):
 
     With `logistic_loss` on it: f-DPO.
 
-    Source: f-DPO, arXiv:2309.16240, table 1, f'(u) = log(2 u / (1 + u)).
+    Source: f-DPO, arXiv:2309.16240, f'(u) = log(2 u / (1 + u)).
     Convention: TRL's `js_divergence`.
     Checked: with `logistic_loss` against TRL 1.16.0 (`js_divergence`) in value and
     gradient.
@@ -162,7 +162,7 @@ def alpha_divergence_reward(
     With `logistic_loss` on it: f-DPO. The exponential is continued by its tangent
     above an exponent of 40.
 
-    Source: f-DPO, arXiv:2309.16240, table 1, whose alpha is 1 minus this one and whose
+    Source: f-DPO, arXiv:2309.16240, whose alpha is 1 minus this one and whose
     f' differs by a constant that a pair cancels.
     Convention: TRL's `alpha_divergence` with its `f_alpha_divergence_coef`, in (0, 1).
     Checked: with `logistic_loss` against TRL 1.16.0 (`alpha_divergence`) in value

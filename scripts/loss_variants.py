@@ -52,16 +52,20 @@ def cases(seed: int) -> dict[str, Case]:
     weights = targets.ndcg_weights(relevance, ranks=ranks)
     target = targets.softmax(relevance, temperature=1.0)
     of_anchor = np.asarray(anchor)
+    mismatched = np.asarray(-rng.exponential(20.0, (2, shape[0] * 2)), np.float32)
 
-    def dpo(loss_type: str, **options):
+    def dpo(*loss_types: str, **options):
         """TRL's DPO trainer on sums: responses of one token."""
 
         def run(trl, tensor):
             token_logps, mask = trl.as_tokens(tensor)
             anchor_logps, _ = trl.as_tokens(tensor.new_tensor(of_anchor))
-            kinds = [loss_type]
+            kinds = {
+                "loss_types": [*loss_types],
+                "loss_weights": [1.0] * len(loss_types),
+            }
             return trl.dpo(
-                token_logps, anchor_logps, mask, beta=0.1, loss_types=kinds, **options
+                token_logps, anchor_logps, mask, beta=0.1, **kinds, **options
             )
 
         return run
@@ -87,8 +91,26 @@ def cases(seed: int) -> dict[str, Case]:
         loss, metrics = losses.bco_loss(rewards, desirable=desirable, delta=0.0)
         return loss.sum(-1), metrics
 
+    def kto(logps):
+        kl = losses.mean_kl(0.1 * (mismatched[0] - mismatched[1]))
+        rewards = 0.1 * (logps - anchor)
+        return losses.kto_loss(rewards, desirable=desirable, kl=kl)
+
+    def trl_kto(trl, tensor):
+        token_logps, mask = trl.as_tokens(tensor.flatten())
+        anchor_logps, _ = trl.as_tokens(tensor.new_tensor(of_anchor).flatten())
+        others = (trl.as_tokens(tensor.new_tensor(x))[0] for x in mismatched)
+        return trl.kto(
+            token_logps,
+            anchor_logps,
+            mask,
+            desirable=trl.torch.tensor(np.array(desirable)).flatten(),
+            beta=0.1,
+            mismatched=(*others, mask),
+        )
+
     anchored = {"anchor_logps": anchor, "beta": 0.1}
-    sized = anchored | {"lengths": lengths}
+    single = anchored | {"lengths": 1}  # TRL is given responses of one token
     both = {
         "logistic_loss": (of_rewards(losses.logistic_loss), dpo("sigmoid")),
         "robust_loss": (
@@ -111,7 +133,7 @@ def cases(seed: int) -> dict[str, Case]:
         ),
         "dpo_loss": (lambda x: losses.dpo_loss(x, **anchored), dpo("sigmoid")),
         "length_normalized_dpo_loss": (
-            lambda x: losses.length_normalized_dpo_loss(x, lengths=1, **anchored),
+            lambda x: losses.length_normalized_dpo_loss(x, **single),
             dpo("sigmoid_norm"),
         ),
         "aot_loss": (lambda x: losses.aot_loss(x, **anchored), dpo("aot")),
@@ -119,9 +141,21 @@ def cases(seed: int) -> dict[str, Case]:
             of_rewards(losses.aot_unpaired_loss),
             dpo("aot_unpaired"),
         ),
-        "bco_loss": (
-            of_rewards(bco_pair),
-            dpo("bco_pair"),
+        "bco_loss": (of_rewards(bco_pair), dpo("bco_pair")),
+        "kto_loss": (kto, trl_kto),
+        "rpo_loss": (
+            lambda x: losses.rpo_loss(x, alpha=1.0, **single),
+            dpo("sigmoid", "sft"),
+        ),
+        "nll_loss": (lambda x: losses.nll_loss(x[:, :1]), dpo("sft")),
+        # Of these two TRL's method computes the preference alone.
+        "cpo_loss": (
+            lambda x: losses.cpo_loss(x, beta=0.1, alpha=1.0),
+            lambda trl, x: trl.cpo(x, beta=0.1),
+        ),
+        "orpo_loss": (
+            lambda x: losses.orpo_loss(x, lengths=1, lambda_=0.1),
+            lambda trl, x: trl.orpo_odds_ratio(x, beta=0.1),
         ),
         "simpo_loss": (
             lambda x: losses.simpo_loss(x, lengths=1, beta=0.1, gamma=0.5),
@@ -137,11 +171,7 @@ def cases(seed: int) -> dict[str, Case]:
         "reward_aware_loss": on_pairs(
             losses.reward_aware_loss, grades=0.1 * lengths, eta=1.0
         ),
-        "rpo_loss": on_logps(losses.rpo_loss, alpha=1.0, **sized),
         "xpo_loss": on_logps(losses.xpo_loss, alpha=1e-5, explore=explore, **anchored),
-        "orpo_loss": on_logps(losses.orpo_loss, lengths=lengths, lambda_=0.1),
-        "cpo_loss": on_logps(losses.cpo_loss, beta=0.1, alpha=1.0),
-        "kto_loss": on_pairs(losses.kto_loss, desirable=desirable, kl=0.1),
         "listwise_cross_entropy": on_lists(
             losses.listwise_cross_entropy, targets=target
         ),
@@ -154,7 +184,6 @@ def cases(seed: int) -> dict[str, Case]:
         "sdpo_loss": on_lists(losses.sdpo_loss),
         "lipo_lambda_loss": on_lists(losses.lipo_lambda_loss, labels=relevance),
         "listnet_loss": on_lists(losses.listnet_loss, labels=relevance),
-        "nll_loss": on_logps(losses.nll_loss),
     }
 
 

@@ -45,7 +45,7 @@ def mean_kl(rewards, *, where=None):
     over responses that do not belong to their prompts: each prompt of the batch with
     the response of another.
 
-    Source: KTO, arXiv:2402.01306, section 4.1, the estimate of z_0.
+    Source: KTO, arXiv:2402.01306, the estimate of z_0 in its equation 7.
     Checked: against TRL 1.16.0 (its KTO trainer).
 
     Args:
@@ -72,7 +72,7 @@ def reward_shift(rewards, *, desirable, where=None):
 
         delta = (mean of the desirable + mean of the undesirable) / 2
 
-    Source: BCO, arXiv:2404.04656, section 4.1, which keeps a running mean of it.
+    Source: BCO, arXiv:2404.04656, which keeps a running mean of it.
     Checked: one source, the paper's equation.
 
     Args:
@@ -137,7 +137,7 @@ def aot_loss(
 
     with the policy's and the anchor's gaps sorted over the batch.
 
-    Source: AOT, arXiv:2406.05882, section 3.2, the paired form with the logistic loss.
+    Source: AOT, arXiv:2406.05882, the paired form with the logistic loss.
     Convention: TRL's `aot`. What its earlier versions and EasyDeL call `aot_pair` is
     `aot_unpaired_loss`.
     Looks across the batch: all of it, [B, 2]. TRL sorts what each device holds.
@@ -190,8 +190,7 @@ def aot_unpaired_loss(
     with the chosen and the rejected rewards sorted over the batch, whichever prompt
     they answer.
 
-    Source: AOT, arXiv:2406.05882, section 3.1, the unpaired form with the logistic
-    loss.
+    Source: AOT, arXiv:2406.05882, the unpaired form with the logistic loss.
     Convention: TRL's `aot_unpaired`; `aot_pair` of its earlier versions and EasyDeL.
     Looks across the batch: all of it, [B, 2].
     Reduces to: `logistic_loss` where the two have one order.

@@ -178,7 +178,8 @@ def plackett_luce_loss(rewards, *, ranks, where=None):
 
         loss = -sum_i (s[i] - logsumexp of s[j] over j with ranks[j] >= ranks[i])
 
-    Source: Plackett-Luce for DPO, arXiv:2305.18290v3, appendix A.3, equation 20.
+    Source: Plackett-Luce for DPO, arXiv:2305.18290v3, appendix A.3, equation 20 (the
+    numbers are not verified).
     Convention: items of one rank stand in each other's sums (Breslow's rule).
     Reduces to: `logistic_loss` at K = 2 and ranks (1, 2).
     Checked: one source, the paper's equation.

@@ -55,7 +55,8 @@ def logistic_loss(
 
     Source: DPO, arXiv:2305.18290v3, equation 7; smoothing: E. Mitchell, "A note on DPO
     with noisy preferences and relationship to IPO" (2023), equation 3; margin: Llama 2,
-    arXiv:2307.09288, section 3.2.2, and DPO with an offset, arXiv:2402.10571.
+    arXiv:2307.09288, section 3.2.2, and DPO with an offset, arXiv:2402.10571 (the
+    numbers of the last three are not verified).
     Convention: smoothing is cDPO's, as in Tunix, EasyDeL and OpenRLHF; the unbiased
     form is `robust_loss`. TRL's `sigmoid` takes a label_smoothing and ignores it.
     Reduces to: DPO on implicit rewards, a reward model's loss on explicit ones.
@@ -171,7 +172,7 @@ def hinge_loss(rewards, *, margin: float, where=None):
     A tie of the two has gradient 0.
 
     Source: SLiC-HF, arXiv:2305.10425v1, equation 1, on implicit rewards: RSO,
-    arXiv:2309.06657v2, section 3.2 (the equation's number is not verified).
+    arXiv:2309.06657v2, section 3.2 (the numbers are not verified).
     Checked: against TRL 1.16.0 (`hinge`) in value and gradient; values of
     torchtune's RSO.
 
@@ -279,7 +280,7 @@ def reward_aware_loss(rewards, *, grades, eta: float, where=None):
     the divergence between two distributions over which response is better.
 
     Source: Reward-aware preference optimisation, Nemotron-4 340B, arXiv:2406.11704,
-    section 3.3.2, with the distance of its equation 1.
+    section 3.3.2, with the distance of its equation 1 (the numbers are not verified).
     Reduces to: `logistic_loss` as eta grows, if the chosen response has the better
     grade.
     Checked: one source, the paper's equation.
@@ -565,7 +566,7 @@ def length_normalized_dpo_loss(
                             - (logps[l] - anchor_logps[l]) / lengths[l]))
 
     Source: Tulu 3, arXiv:2411.15124, section 5.1.1, the equation of its
-    length-normalised DPO.
+    length-normalised DPO (the section's number is not verified).
     Convention: TRL's `sigmoid_norm`, the default of open-instruct. Its beta is larger
     than DPO's by about a response's length.
     Reduces to: `dpo_loss` of beta / n where all lengths are n.

@@ -31,7 +31,7 @@ def simpo_loss(
 
         loss = -log s(beta logps[w] / lengths[w] - beta logps[l] / lengths[l] - gamma)
 
-    Source: SimPO, arXiv:2405.14734, equation 6.
+    Source: SimPO, arXiv:2405.14734, equation 6 (the number is not verified).
     Convention: gamma stands outside beta, as in the paper. Where a library takes the
     ratio gamma / beta, multiply it by beta.
     Reduces to: `logistic_loss` with `margin` = gamma on beta times the mean logps.
@@ -80,7 +80,7 @@ def orpo_loss(logps, *, lengths, lambda_: float, where=None):
     A mean log-probability above -1e-7 counts as -1e-7 in the odds, which are infinite
     at 0.
 
-    Source: ORPO, arXiv:2403.07691, equations 6 and 7.
+    Source: ORPO, arXiv:2403.07691, equations 6 and 7 (the first is not verified).
     Convention: the likelihood is a mean over the tokens of the response. TRL's is one
     over those of the batch, the prompt's included; earlier Tunix took sums.
     Reduces to: the mean likelihood of the chosen response at lambda_ = 0.
@@ -127,7 +127,8 @@ def cpo_loss(
 
         loss = -log s(beta logps[w] - beta logps[l]) + alpha (-logps[w])
 
-    Source: CPO, arXiv:2401.08417, equations 3 to 5, where alpha is 1.
+    Source: CPO, arXiv:2401.08417, equations 3 to 5, where alpha is 1 (only the first
+    number is verified).
     Convention: the likelihood is of the whole response, as in the paper. TRL takes the
     mean over the tokens of a batch, the prompt's included.
     Reduces to: `dpo_loss` with an anchor of all zeros at alpha = 0.

@@ -49,7 +49,7 @@ def kto_loss(
         desirable:    loss = desirable_weight   (1 - s(rewards - kl))
         undesirable:  loss = undesirable_weight (1 - s(kl - rewards))
 
-    Source: KTO, arXiv:2402.01306, section 4.1, equation 7.
+    Source: KTO, arXiv:2402.01306, equation 7.
     Looks across the batch: through `kl`, an estimate of beta KL(policy || anchor), by
     the authors `mean_kl` of the rewards of mismatched prompts and responses. It
     carries no gradient.
@@ -95,8 +95,8 @@ def bco_loss(rewards, *, desirable, delta, where=None):
         desirable:    loss = -log s(rewards - delta)
         undesirable:  loss = -log s(delta - rewards)
 
-    Source: BCO, arXiv:2404.04656, section 4.1 (the equation's number is not verified);
-    its weights for data of two distributions are a choice of `Method.weight`.
+    Source: BCO, arXiv:2404.04656 (the equation's number is not verified); its weights
+    for data of two distributions are a choice of `Method.weight`.
     Looks across the batch: through `delta`, a running mean of `reward_shift`. It
     carries no gradient.
     Convention: TRL's `bco_pair` leaves the shift out (delta = 0) and adds up the two of
