@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pref_jax import checks
 from pref_jax.logps import response_mean, response_scores
+from pref_jax.numerics import at_least_float32
 from pref_jax.types import CHOSEN, PyTree, ResponseBatch, Scores
 
 
@@ -213,7 +214,7 @@ def _read_sources(source_logps, pivot_logps, where):
     checks.check_floating("source_logps", source_logps)
     checks.check_floating("pivot_logps", pivot_logps)
     source_logps, pivot_logps = jax.lax.stop_gradient((source_logps, pivot_logps))
-    source_logps = checks.at_least_float32(source_logps)
+    source_logps = at_least_float32(source_logps)
     checks.check_same_shape(
         "pivot_logps", pivot_logps, like=source_logps[..., 0], of="source_logps"
     )

@@ -46,16 +46,6 @@ def check_floating(name: str, array) -> None:
         )
 
 
-def at_least_float32(array):
-    """The array in float32, or in float64 if it came so.
-
-    >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
-    dtype('float32')
-    """
-    array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
 def check_bool(name: str, array) -> None:
     """Raise unless `array` is boolean (inclusion, not importance)."""
     if jnp.result_type(array) != jnp.bool_:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
+from pref_jax.numerics import at_least_float32
 from pref_jax.types import ResponseBatch, Scores
 
 STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
@@ -485,7 +486,7 @@ def token_logps(logits, *, targets):
     """
     checks.check_floating("logits", logits)
     checks.check_same_shape("targets", targets, like=logits[..., 0], of="logits")
-    logps = jax.nn.log_softmax(checks.at_least_float32(logits))
+    logps = jax.nn.log_softmax(at_least_float32(logits))
     return jnp.take_along_axis(logps, targets[..., None], axis=-1).squeeze(-1)
 
 

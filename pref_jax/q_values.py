@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from pref_jax import checks
 from pref_jax.logps import gather_responses, token_stats
+from pref_jax.numerics import at_least_float32
 from pref_jax.types import Array, ResponseBatch
 
 
@@ -89,7 +90,7 @@ def logit_values(logits, *, beta: float) -> LogitValues:
     """
     checks.check_positive("beta", beta)
     checks.check_floating("logits", logits)
-    logits = checks.at_least_float32(logits)
+    logits = at_least_float32(logits)
     return LogitValues(
         q=beta * logits,
         value=beta * jax.nn.logsumexp(logits, axis=-1),
@@ -114,7 +115,7 @@ def _read_tokens(first, where, **others):
     """The arrays in float32 or wider, all of one shape, 0 where no token counts."""
     name, array = first
     checks.check_floating(name, array)
-    array = checks.at_least_float32(array)
+    array = at_least_float32(array)
     checks.check_bool("where", where)
     checks.check_broadcast("where", where, to=array.shape, of=name)
     where = jnp.broadcast_to(where, array.shape)

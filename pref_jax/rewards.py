@@ -17,9 +17,8 @@ from pref_jax.logps import (
     response_sum,
     step_sum,
 )
+from pref_jax.numerics import at_least_float32, exp_or_tangent
 from pref_jax.types import ResponseBatch, Scores
-
-_LARGEST_EXPONENT = 40.0  # exp of it, squared and summed, is finite in float32
 
 
 def implicit_reward(logps, *, anchor_logps, beta: float):
@@ -58,7 +57,7 @@ def _log_ratio(logps, anchor_logps):
         checks.check_floating(name, array)
     checks.check_same_shape("anchor_logps", anchor_logps, like=logps, of="logps")
     # Widened first: two bfloat16 numbers that nearly cancel would leave nothing.
-    return checks.at_least_float32(logps) - anchor_logps
+    return at_least_float32(logps) - anchor_logps
 
 
 def _safe_log_ratio(logps, anchor_logps, where):
@@ -69,14 +68,6 @@ def _safe_log_ratio(logps, anchor_logps, where):
     checks.check_bool("where", where)
     checks.check_broadcast("where", where, to=ratio.shape, of="logps")
     return jnp.where(where, ratio, 0.0)
-
-
-def _exp(x):
-    """exp up to 40, its tangent beyond: finite, and so is the square of its slope."""
-    # Not jnp.minimum: it would halve the slope at 40 itself.
-    capped = jnp.where(x > _LARGEST_EXPONENT, _LARGEST_EXPONENT, x)
-    beyond = jnp.where(x > _LARGEST_EXPONENT, x - _LARGEST_EXPONENT, 0.0)
-    return jnp.exp(capped) * (1 + beyond)
 
 
 def forward_kl_reward(logps, *, anchor_logps, beta: float, where=None):
@@ -113,7 +104,7 @@ def forward_kl_reward(logps, *, anchor_logps, beta: float, where=None):
     [0.0, -3.1945]
     """
     checks.check_positive("beta", beta)
-    return beta * (1 - _exp(-_safe_log_ratio(logps, anchor_logps, where)))
+    return beta * (1 - exp_or_tangent(-_safe_log_ratio(logps, anchor_logps, where)))
 
 
 def jensen_shannon_reward(logps, *, anchor_logps, beta: float, where=None):
@@ -194,7 +185,7 @@ def alpha_divergence_reward(
             f"`implicit_reward`; got {alpha}."
         )
     ratio = _safe_log_ratio(logps, anchor_logps, where)
-    return beta * (_exp((alpha - 1) * ratio) - 1) / (alpha - 1)
+    return beta * (exp_or_tangent((alpha - 1) * ratio) - 1) / (alpha - 1)
 
 
 def step_rewards(token_rewards, *, step_ids, num_steps: int, where=None):
@@ -225,6 +216,81 @@ def step_rewards(token_rewards, *, step_ids, num_steps: int, where=None):
     [3.0, 4.0]
     """
     return step_sum(token_rewards, step_ids=step_ids, num_steps=num_steps, where=where)
+
+
+def denoising_error(prediction, *, target):
+    """How far a prediction of the noise is off: the mean square over an image.
+
+        error = mean over height, width and channels of (prediction - target)^2
+
+    Source: DDPM, arXiv:2006.11239, equation 14, as a mean.
+    Convention: the mean, as in the code of Diffusion-DPO and Diffusion-DRO, whose
+    papers print sums: beta and thresholds belong to it.
+    Checked: one source, the paper's equation.
+
+    Args:
+      prediction: [..., H, W, C], of the noise, in any floating-point type.
+      target: as `prediction`: the noise that was added, or that a policy predicted; no
+        gradient.
+
+    Returns:
+      f32[...], computed in float32.
+
+    Raises:
+      ValueError: the shapes differ, or there are fewer than three axes.
+      TypeError: an array is not floating-point.
+
+    >>> error = denoising_error(jnp.ones((2, 8, 8, 1)), target=jnp.zeros((2, 8, 8, 1)))
+    >>> error.tolist()
+    [1.0, 1.0]
+    """
+    for name, array in (("prediction", prediction), ("target", target)):
+        checks.check_floating(name, array)
+    checks.check_same_shape("target", target, like=prediction, of="prediction")
+    if jnp.ndim(prediction) < 3:
+        raise ValueError(
+            f"`prediction` needs the shape [..., H, W, C]; got "
+            f"{checks.describe(prediction)}."
+        )
+    target = at_least_float32(jax.lax.stop_gradient(target))
+    return jnp.square(at_least_float32(prediction) - target).mean((-3, -2, -1))
+
+
+def denoising_reward(error, *, anchor_error, beta: float):
+    """The implicit reward of a denoiser: how much less it errs than the anchor.
+
+        reward = beta (anchor_error - error)
+
+    in place of beta times a log-ratio, which a diffusion model only bounds.
+
+    Source: Diffusion-DPO, arXiv:2311.12908, equation 14; Diffusion-DRO,
+    arXiv:2510.18353, equation 12, with beta 1.
+    Convention: the weight of the time step, the number of steps and the dimension are
+    left in beta, as in the released codes.
+    Checked: two sources, the papers and the authors' code as read; no outside value.
+
+    Args:
+      error: f32[...], of `denoising_error`.
+      anchor_error: as `error`, of the anchor on the same noised images. The caller
+        stops its gradient.
+      beta: reward per unit of the error, positive.
+
+    Returns:
+      f32[...].
+
+    Raises:
+      ValueError: the shapes differ, or `beta` is not positive.
+      TypeError: an argument is not floating-point.
+
+    >>> error, anchor_error = jnp.array(0.25), jnp.array(1.0)
+    >>> float(denoising_reward(error, anchor_error=anchor_error, beta=2.0))
+    1.5
+    """
+    checks.check_positive("beta", beta)
+    for name, array in (("error", error), ("anchor_error", anchor_error)):
+        checks.check_floating(name, array)
+    checks.check_same_shape("anchor_error", anchor_error, like=error, of="error")
+    return beta * (at_least_float32(anchor_error) - at_least_float32(error))
 
 
 def token_reward(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
+from pref_jax.numerics import at_least_float32
 
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 _SMALLEST_DEVIATION = 1e-6
@@ -21,7 +22,7 @@ _SMALLEST_RANK = 1e-3
 
 def _read(name, array, where):
     """f32[..., K] without gradient and with 0 in what is dropped, and bool[..., K]."""
-    array = checks.at_least_float32(array)
+    array = at_least_float32(array)
     if not array.ndim:
         raise ValueError(f"`{name}` needs a last axis of responses; got a number.")
     there = jnp.ones(array.shape, bool)

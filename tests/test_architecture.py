@@ -8,7 +8,7 @@
                     |
     losses  rewards  q_values  anchors  targets  logps  evals     pure maths: jax, numpy
                     |
-              types   checks
+              types   checks   numerics
 
 Imports point down only, also those inside functions.
 """
@@ -30,7 +30,7 @@ from pref_jax import losses
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("types", "checks"),
+    ("types", "checks", "numerics"),
     ("losses", "rewards", "q_values", "anchors", "targets", "logps", "evals"),
     ("method",),
     ("train", "data", "models", "sampling", "envs", "report"),

@@ -19,8 +19,13 @@ from pref_jax.losses.entries import (
     results,
 )
 from pref_jax.losses.pairwise import logistic_loss
+from pref_jax.losses.supervised import Divergence
+from pref_jax.numerics import at_least_float32
 from pref_jax.rewards import implicit_reward
 from pref_jax.types import CHOSEN, REJECTED
+
+_BISECTIONS = 64  # more than float32 has digits, as many as float64 needs
+_SMALLEST_VARIANCE = 1e-8
 
 
 def _mean(values, include):
@@ -29,12 +34,14 @@ def _mean(values, include):
     return total / jnp.maximum(include.sum(), 1)
 
 
-def _statistic(name, rewards, where):
-    checks.check_whole_batch(name)
-    checks.check_floating("rewards", rewards)
-    rewards = jax.lax.stop_gradient(checks.at_least_float32(rewards))
-    where = inclusion(where, shape=rewards.shape, of="rewards")
-    return rewards, jnp.ones(rewards.shape, bool) if where is None else where
+def _read_statistic(function, name, array, where):
+    """f32[...] without gradient, and which entries count; for the whole batch alone."""
+    checks.check_whole_batch(function)
+    checks.check_floating(name, array)
+    array = jax.lax.stop_gradient(at_least_float32(array))
+    where = inclusion(where, shape=array.shape, of=name)
+    counted = jnp.ones(array.shape, bool) if where is None else where
+    return fill(array, counted), counted
 
 
 def mean_kl(rewards, *, where=None):
@@ -63,7 +70,7 @@ def mean_kl(rewards, *, where=None):
     >>> float(mean_kl(rewards, where=where))
     1.5
     """
-    rewards, where = _statistic("mean_kl", rewards, where)
+    rewards, where = _read_statistic("mean_kl", "rewards", rewards, where)
     return jnp.maximum(_mean(rewards, where), 0.0)
 
 
@@ -92,7 +99,7 @@ def reward_shift(rewards, *, desirable, where=None):
     >>> float(reward_shift(rewards, desirable=desirable))
     0.5
     """
-    rewards, where = _statistic("reward_shift", rewards, where)
+    rewards, where = _read_statistic("reward_shift", "rewards", rewards, where)
     checks.check_bool("desirable", desirable)
     checks.check_broadcast("desirable", desirable, to=rewards.shape, of="rewards")
     desirable = jnp.broadcast_to(desirable, rewards.shape)
@@ -221,3 +228,87 @@ def aot_unpaired_loss(
         jnp.stack([chosen, matched], axis=-1), label_smoothing=label_smoothing
     )
     return results(loss, pair_metrics(rewards), where)
+
+
+def solve_partition(
+    logps, *, anchor_logps, beta: float, divergence: Divergence, where=None
+):
+    """The partition term of `fsft_solved_loss`, one number for the batch.
+
+        c with mean of h'(beta (logps - anchor_logps) + c) = 1
+
+    the stationary point of the objective in c. h' falls, so that there is one, between
+    minus the largest and minus the smallest implicit reward; found by bisection.
+
+    Source: derived, with the objective of `fsft_loss`.
+    Checked: one source, and the dual of a bandit solved exactly.
+
+    Args:
+      logps: f32[...], nats, as in `fsft_loss`.
+      anchor_logps: as `logps`, of the model before SFT.
+      beta: reward per nat, positive.
+      divergence: as in `fsft_loss`.
+      where: bool, broadcastable to `logps`. False: not counted.
+
+    Returns:
+      f32[], without gradient; 0 if nothing is counted, and for `TOTAL_VARIATION`, whose
+      loss does not depend on it.
+
+    Raises:
+      ValueError, TypeError: as `fsft_loss`; or this is a part of a batch only.
+
+    >>> from pref_jax.losses.supervised import CHI_SQUARED
+    >>> logps, anchor_logps = jnp.array([-1.0, -1.0]), jnp.array([-2.0, -2.0])
+    >>> c = solve_partition(
+    ...     logps, anchor_logps=anchor_logps, beta=0.5, divergence=CHI_SQUARED
+    ... )
+    >>> round(float(c), 4)
+    -0.5
+    """
+    rewards = implicit_reward(logps, anchor_logps=anchor_logps, beta=beta)
+    rewards, counted = _read_statistic("solve_partition", "logps", rewards, where)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) / 2
+        too_low = _mean(divergence(rewards + middle)[1], counted) > 1
+        return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
+
+    most = jnp.where(counted, rewards, -jnp.inf).max()
+    least = jnp.where(counted, rewards, jnp.inf).min()
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (-most, -least))
+    if divergence.lowest == -jnp.inf:
+        return jnp.zeros((), rewards.dtype)
+    return jnp.where(counted.any(), (low + high) / 2, 0.0)
+
+
+def whitened_advantages(advantages, *, where=None):
+    """Advantages with mean 0 and variance 1 over all entries of the batch.
+
+        (a - mean) / sqrt(variance + 1e-8)
+
+    Source: REINFORCE++, arXiv:2501.03262, its global normalisation (the equation's
+    number is not verified).
+    Checked: one source, the paper's equation.
+
+    Args:
+      advantages: f32[...]; over tokens if every token is to count alike.
+      where: bool, broadcastable to `advantages`. False: not counted, and 0.
+
+    Returns:
+      f32[...], without gradient.
+
+    Raises:
+      ValueError: `where` does not fit, or this is a part of a batch only.
+      TypeError: `advantages` is not floating-point or `where` is not boolean.
+
+    >>> whitened = whitened_advantages(jnp.array([1.0, 3.0]))
+    >>> [round(float(a), 4) for a in whitened]
+    [-1.0, 1.0]
+    """
+    advantages, counted = _read_statistic(
+        "whitened_advantages", "advantages", advantages, where
+    )
+    centred = jnp.where(counted, advantages - _mean(advantages, counted), 0.0)
+    variance = _mean(jnp.square(centred), counted)
+    return centred * jax.lax.rsqrt(variance + _SMALLEST_VARIANCE)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
+from pref_jax.numerics import at_least_float32
 from pref_jax.types import CHOSEN, REJECTED
 
 LISTWISE = "A list of more than two responses needs a listwise loss: `losses.listwise`."
@@ -49,7 +50,7 @@ def read_pair(name: str, array, where):
     """
     checks.check_floating(name, array)
     checks.check_pair(name, array, use_instead=LISTWISE)
-    array = checks.at_least_float32(array)
+    array = at_least_float32(array)
     where = inclusion(where, shape=array.shape[:-1], of=name)
     return fill(array, where), where
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from pref_jax import checks
 from pref_jax import targets as distributions
 from pref_jax.losses.entries import fill, inclusion, read_constant
+from pref_jax.numerics import at_least_float32
 from pref_jax.rewards import implicit_reward
 
 
 def _read_list(name, array, where):
     """f32[..., K] with 0 in dropped items, and bool[..., K], True where an item is."""
     checks.check_floating(name, array)
-    array = checks.at_least_float32(array)
+    array = at_least_float32(array)
     if not array.ndim or array.shape[-1] < 2:
         raise ValueError(
             f"`{name}` needs a last axis of at least 2 responses; got "

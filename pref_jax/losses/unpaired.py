@@ -19,13 +19,14 @@ from pref_jax.losses.entries import (
     read_constant,
     results,
 )
+from pref_jax.numerics import at_least_float32
 
 
 def _read(rewards, desirable, where):
     """(rewards without what is dropped, labels of their shape, where)."""
     checks.check_floating("rewards", rewards)
     checks.check_bool("desirable", desirable)
-    rewards = checks.at_least_float32(rewards)
+    rewards = at_least_float32(rewards)
     checks.check_broadcast("desirable", desirable, to=rewards.shape, of="rewards")
     where = inclusion(where, shape=rewards.shape, of="rewards")
     return fill(rewards, where), jnp.broadcast_to(desirable, rewards.shape), where

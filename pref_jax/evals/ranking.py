@@ -1,0 +1,212 @@
+"""Rankings against graded relevance: NDCG, recall, reciprocal rank, win mass.
+
+One number a list, NumPy only. A list has K items on its last axis; `where` is
+bool[..., K], False: the item is not in the list. Items of equal score are a tie: a
+measure is then its mean over all orders of the tied, so that an order of the items in
+memory earns nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def _read(scores, relevance, where):
+    """(scores, relevance, there), f64[..., K] and bool[..., K]."""
+    scores, relevance = np.asarray(scores, float), np.asarray(relevance, float)
+    if not scores.ndim or scores.shape != relevance.shape:
+        raise ValueError(
+            f"`scores` and `relevance` need one shape [..., K]; got "
+            f"{scores.shape} and {relevance.shape}."
+        )
+    there = np.ones(scores.shape, bool)
+    if where is not None:
+        where = np.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(f"`where` needs booleans; got {where.dtype}.")
+        there = np.broadcast_to(where, scores.shape)
+    for name, array in (("scores", scores), ("relevance", relevance)):
+        bad = np.argwhere(there & np.isnan(array))
+        if len(bad):
+            raise ValueError(f"`{name}` is NaN at {tuple(map(int, bad[0]))}.")
+    if (relevance[there] < 0).any():
+        raise ValueError("`relevance` must be 0 or more.")
+    return scores, relevance, there
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"`k` must be 1 or more; got {k}.")
+
+
+def _mean_gain(scores, gains, there, discounts):
+    """Sum over ranks of discount times gain, averaged over the orders of ties.
+
+    A run of tied items shares the mean gain of the run at each of its ranks.
+    """
+    flat = [x.reshape(-1, x.shape[-1]) for x in (scores, gains, there)]
+    total = np.zeros(len(flat[0]))
+    for row, (score, gain, is_there) in enumerate(zip(*flat, strict=True)):
+        score, gain = score[is_there], gain[is_there]
+        values, run = np.unique(-score, return_inverse=True)
+        sizes = np.bincount(run, minlength=len(values))
+        means = np.bincount(run, gain, minlength=len(values)) / np.maximum(sizes, 1)
+        shared = np.repeat(means, sizes)
+        total[row] = (shared * discounts[: len(shared)]).sum()
+    return total.reshape(scores.shape[:-1])
+
+
+def ndcg(scores, relevance, *, k: int, where=None):
+    """Normalised discounted cumulative gain of the first k items.
+
+        DCG  = sum over ranks r <= k of (2^relevance - 1) / log2(1 + r)
+        NDCG = DCG by scores / DCG by relevance
+
+    Source: Burges et al., ICML 2005; as in the code of IRPO, arXiv:2504.15477.
+
+    Args:
+      scores: f64[..., K]; the highest is ranked first.
+      relevance: as `scores`, graded, 0 or more.
+      k: ranks that count.
+      where: bool, broadcastable to `scores`.
+
+    Returns:
+      f64[...]; NaN for a list without a relevant item.
+
+    Raises:
+      ValueError: the shapes differ, `k` is less than 1, a number is NaN or a relevance
+        negative.
+      TypeError: `where` is not boolean.
+
+    >>> round(float(ndcg([1.0, 2.0], [1, 0], k=2)), 4)
+    0.6309
+    """
+    _check_k(k)
+    scores, relevance, there = _read(scores, relevance, where)
+    ranks = np.arange(1, scores.shape[-1] + 1)
+    discounts = (ranks <= k) / np.log2(1 + ranks)
+    gains = np.where(there, np.exp2(relevance) - 1, 0.0)
+    ideal = _mean_gain(gains, gains, there, discounts)
+    found = _mean_gain(scores, gains, there, discounts)
+    return found / np.where(ideal == 0, np.nan, ideal)
+
+
+def recall(scores, relevance, *, k: int, where=None):
+    """Share of the relevant items that stand among the first k.
+
+    Args:
+      scores: f64[..., K]; the highest is ranked first.
+      relevance: as `scores`; relevant is what is above 0.
+      k: ranks that count.
+      where: bool, broadcastable to `scores`.
+
+    Returns:
+      f64[...]; NaN for a list without a relevant item.
+
+    Raises:
+      ValueError, TypeError: as `ndcg`.
+
+    >>> float(recall([3.0, 2.0, 1.0], [1, 0, 1], k=2))
+    0.5
+    """
+    _check_k(k)
+    scores, relevance, there = _read(scores, relevance, where)
+    relevant = np.where(there, relevance > 0, False).astype(float)
+    first = (np.arange(scores.shape[-1]) < k).astype(float)
+    number = relevant.sum(-1)
+    found = _mean_gain(scores, relevant, there, first)
+    return found / np.where(number == 0, np.nan, number)
+
+
+def mean_relevance(scores, relevance, *, k: int, where=None):
+    """Mean relevance of the first k items, or of all where a list is shorter.
+
+    Args, returns and errors as `ndcg`; NaN for an empty list only.
+
+    >>> float(mean_relevance([3.0, 2.0, 1.0], [2, 1, 0], k=2))
+    1.5
+    """
+    _check_k(k)
+    scores, relevance, there = _read(scores, relevance, where)
+    first = (np.arange(scores.shape[-1]) < k).astype(float)
+    number = np.minimum(there.sum(-1), k)
+    found = _mean_gain(scores, np.where(there, relevance, 0.0), there, first)
+    return found / np.where(number == 0, np.nan, number)
+
+
+def reciprocal_rank(scores, relevance, *, where=None):
+    """One over the rank of the first relevant item: averaged over lists, the MRR.
+
+    Of a tie that holds the first relevant item, the mean over its orders.
+
+    Args:
+      scores: f64[..., K]; the highest is ranked first.
+      relevance: as `scores`; relevant is what is above 0.
+      where: bool, broadcastable to `scores`.
+
+    Returns:
+      f64[...]; NaN for a list without a relevant item.
+
+    Raises:
+      ValueError, TypeError: as `ndcg`.
+
+    >>> float(reciprocal_rank([3.0, 2.0, 1.0], [0, 1, 1]))
+    0.5
+    """
+    scores, relevance, there = _read(scores, relevance, where)
+    flat = [x.reshape(-1, x.shape[-1]) for x in (scores, relevance, there)]
+    found = np.full(len(flat[0]), np.nan)
+    for row, (score, grade, is_there) in enumerate(zip(*flat, strict=True)):
+        relevant = is_there & (grade > 0)
+        if not relevant.any():
+            continue
+        best = score[relevant].max()
+        above = int((score[is_there] > best).sum())
+        tied = int((score[is_there] == best).sum())
+        hits = int((score[relevant] == best).sum())
+        # The first hit of `hits` among `tied` stands at place r when r - 1 misses come
+        # first: chance of that, one place after the other.
+        chance, total = 1.0, 0.0
+        for place in range(1, tied - hits + 2):
+            hit = hits / (tied - place + 1)
+            total += chance * hit / (above + place)
+            chance *= 1 - hit
+        found[row] = total
+    return found.reshape(scores.shape[:-1])
+
+
+def win_mass(logps, grades, *, where=None):
+    """Probability that a policy gives to the best response of a list.
+
+        win mass = softmax(logps)[i],  i = argmax of the grades
+
+    Equal bests add up. Chance is one over the number of items.
+
+    Source: ADPO, arXiv:2510.18913v2, "probability mass on the ground-truth best item".
+    Of the policy itself, not of the anchored softmax; the paper's choice is not
+    verified.
+
+    Args:
+      logps: f64[..., K], nats, of the policy; normalised here over the list.
+      grades: as `logps`: true rewards.
+      where: bool, broadcastable to `logps`.
+
+    Returns:
+      f64[...]; NaN for an empty list.
+
+    Raises:
+      ValueError: the shapes differ or a number is NaN.
+      TypeError: `where` is not boolean.
+
+    >>> round(float(win_mass([0.0, 0.0, 0.0], [1.0, 5.0, 2.0])), 4)
+    0.3333
+    """
+    shifted = np.asarray(grades, float)
+    lowest = shifted.min() if shifted.size else 0.0
+    logps, grades, there = _read(logps, shifted - lowest, where)
+    top = np.where(there, logps, -np.inf).max(-1, keepdims=True)
+    mass = np.where(there, np.exp(logps - np.where(np.isfinite(top), top, 0.0)), 0.0)
+    best = np.where(there, grades, -np.inf).max(-1, keepdims=True)
+    wins = np.where(there & (grades == best), mass, 0.0).sum(-1)
+    total = mass.sum(-1)
+    return wins / np.where(total == 0, np.nan, total)

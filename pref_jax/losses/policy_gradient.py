@@ -1,0 +1,572 @@
+"""Advantages of sampled responses, and the surrogate that trains a policy on them.
+
+Three levels, one function: `clipped_surrogate_loss` takes log-ratios of tokens, of
+turns or of whole responses. How entries are averaged is `Method.weight`.
+
+    method       log-ratios              advantages                       weight
+    GRPO         of tokens               `group_advantages`               1 / length
+    Dr. GRPO     of tokens               `centered_advantages`            a constant
+    RLOO         of responses, summed    `leave_one_out_advantages`       1
+    REINFORCE++  of tokens               `centered_`, `whitened_advantages`  1
+    GSPO         `sequence_log_ratios`   `group_advantages`               1
+    GiGPO        of tokens               episode's + `cluster_advantages` 1
+    OPRL         of tokens or turns      episode's + `step_advantages`    1
+    PPO          of tokens               `gae`                            1
+
+Advantages never carry a gradient. `where` is bool of the same shape as what it masks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pref_jax import checks
+from pref_jax.logps import response_mean
+from pref_jax.losses.entries import fill, inclusion, read_constant, results
+from pref_jax.numerics import at_least_float32, exp_or_tangent
+
+
+def _read(name, array, where):
+    """f32[...] with 0 in what is dropped, and bool of what is there."""
+    checks.check_floating(name, array)
+    array = at_least_float32(array)
+    where = inclusion(where, shape=array.shape, of=name)
+    there = jnp.ones(array.shape, bool) if where is None else where
+    return fill(array, there), there
+
+
+def _read_group(name, array, where, axes: int = 1):
+    """As `_read`, without gradient and with the last `axes` axes as the group."""
+    array, there = _read(name, array, where)
+    if array.ndim < axes:
+        raise ValueError(
+            f"`{name}` needs at least {axes} axes; got {checks.describe(array)}."
+        )
+    return jax.lax.stop_gradient(array), there
+
+
+def _centre(values, there, axis):
+    """Values less their mean over what is there, and how many there are."""
+    number = there.sum(axis, keepdims=True)
+    mean = values.sum(axis, keepdims=True) / jnp.maximum(number, 1)
+    return jnp.where(there, values - mean, 0.0), number
+
+
+def _standardise(values, there, axis, epsilon):
+    centred, number = _centre(values, there, axis)
+    variance = jnp.square(centred).sum(axis, keepdims=True) / jnp.maximum(number - 1, 1)
+    return centred / (jnp.sqrt(variance) + epsilon)
+
+
+def centered_advantages(rewards, *, where=None):
+    """A response's reward less the mean of its group.
+
+        A[i] = r[i] - mean of r
+
+    Source: Dr. GRPO, arXiv:2503.20783, which drops the deviation of `group_advantages`.
+    Checked: one source, the paper's equation.
+
+    Args:
+      rewards: f32[..., N], of N responses to one prompt.
+      where: bool, broadcastable to `rewards`. False: not in the group.
+
+    Returns:
+      f32[..., N], without gradient; 0 for a response alone.
+
+    Raises:
+      ValueError: `where` does not fit.
+      TypeError: `rewards` is not floating-point or `where` is not boolean.
+
+    >>> centered_advantages(jnp.array([1.0, 0.0, 0.0, 1.0])).tolist()
+    [0.5, -0.5, -0.5, 0.5]
+    """
+    rewards, there = _read_group("rewards", rewards, where)
+    return _centre(rewards, there, -1)[0]
+
+
+def group_advantages(rewards, *, where=None, epsilon: float = 1e-6):
+    """A response's reward, standardised in its group.
+
+        A[i] = (r[i] - mean of r) / (deviation of r + epsilon)
+
+    Source: GRPO, arXiv:2402.03300, section 4.1.2; OPRL, arXiv:2509.19199v1, equation 3.
+    Convention: the deviation has n - 1 in it, as in TRL and verl, whose epsilons are
+    1e-4 and 1e-6.
+    Checked: one source, the paper's equation; TRL 1.16.0 as read.
+
+    Args:
+      rewards: f32[..., N], of N responses to one prompt.
+      where: bool, broadcastable to `rewards`. False: not in the group.
+      epsilon: unit of the rewards, positive.
+
+    Returns:
+      f32[..., N], without gradient; 0 for equal rewards and for a response alone.
+
+    Raises:
+      ValueError: `where` does not fit, or `epsilon` is not positive.
+      TypeError: `rewards` is not floating-point or `where` is not boolean.
+
+    >>> advantages = group_advantages(jnp.array([1.0, 0.0, 0.0, 1.0]))
+    >>> [round(float(a), 4) for a in advantages]
+    [0.866, -0.866, -0.866, 0.866]
+    """
+    checks.check_positive("epsilon", epsilon)
+    rewards, there = _read_group("rewards", rewards, where)
+    return _standardise(rewards, there, -1, epsilon)
+
+
+def leave_one_out_advantages(rewards, *, where=None):
+    """A response's reward less the mean of the others.
+
+        A[i] = r[i] - mean of r[j] over j != i
+
+    Source: RLOO, arXiv:2402.14740, section 3.1.
+    Reduces to: n / (n - 1) times `centered_advantages`.
+    Checked: one source, the paper's equation; TRL 1.16.0 as read.
+
+    Args:
+      rewards: f32[..., N], of N responses to one prompt.
+      where: bool, broadcastable to `rewards`. False: not in the group.
+
+    Returns:
+      f32[..., N], without gradient; 0 for a response alone.
+
+    Raises:
+      ValueError: `where` does not fit.
+      TypeError: `rewards` is not floating-point or `where` is not boolean.
+
+    >>> leave_one_out_advantages(jnp.array([3.0, 0.0, 0.0])).tolist()
+    [3.0, -1.5, -1.5]
+    """
+    rewards, there = _read_group("rewards", rewards, where)
+    centred, number = _centre(rewards, there, -1)
+    return centred * number / jnp.maximum(number - 1, 1)
+
+
+def step_advantages(step_rewards, *, where=None, epsilon: float = 1e-6):
+    """The reward of a turn, standardised over all turns of all episodes of a group.
+
+        A[i, t] = (r[i, t] - mean of r) / (deviation of r + epsilon)
+
+    Source: OPRL, arXiv:2509.19199v1, equation 4.
+    Convention: the released code takes one turn of each episode into the mean and
+    divides by the largest reward beforehand; the paper does neither.
+    Checked: one source, the paper's equation.
+
+    Args:
+      step_rewards: f32[..., N, S], of up to S turns of N episodes of one task.
+      where: bool, broadcastable to `step_rewards`. False: there is no such turn.
+      epsilon: unit of the rewards, positive. With rewards near rounding, standardising
+        makes noise as large as anything: leave steps out until they say something.
+
+    Returns:
+      f32[..., N, S], without gradient; 0 for equal rewards and where no turn is.
+
+    Raises:
+      ValueError: `where` does not fit, there is one axis only, or `epsilon` is not
+        positive.
+      TypeError: `step_rewards` is not floating-point or `where` is not boolean.
+
+    >>> rewards = jnp.array([[1.0, 0.0], [-1.0, 7.0]])
+    >>> where = jnp.array([[True, True], [True, False]])
+    >>> step_advantages(rewards, where=where).round(3).tolist()
+    [[1.0, 0.0], [-1.0, 0.0]]
+    """
+    checks.check_positive("epsilon", epsilon)
+    rewards, there = _read_group("step_rewards", step_rewards, where, axes=2)
+    return _standardise(rewards, there, (-2, -1), epsilon)
+
+
+def cluster_advantages(returns, *, cluster_ids, where=None):
+    """The return of a turn less the mean return of turns in the same state.
+
+        A[m] = R[m] - mean of R[j] over j with cluster_ids[j] == cluster_ids[m]
+
+    Source: GiGPO, arXiv:2505.10978, its step-level advantage without the deviation (the
+    equation's number is not verified).
+    Checked: one source, the paper's equation.
+
+    Args:
+      returns: f32[..., M], discounted returns of the M turns of a group
+        (`discounted_returns`).
+      cluster_ids: i32, broadcastable to `returns`: equal for equal observations.
+      where: bool, broadcastable to `returns`. False: there is no such turn.
+
+    Returns:
+      f32[..., M], without gradient; 0 for a turn whose state came once.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: `returns` is not floating-point or `where` is not boolean.
+
+    >>> ids = jnp.array([5, 5, 2])
+    >>> cluster_advantages(jnp.array([3.0, 1.0, 9.0]), cluster_ids=ids).tolist()
+    [1.0, -1.0, 0.0]
+    """
+    returns, there = _read_group("returns", returns, where)
+    checks.check_broadcast("cluster_ids", cluster_ids, to=returns.shape, of="returns")
+    ids = jnp.broadcast_to(cluster_ids, returns.shape)
+    same = (ids[..., :, None] == ids[..., None, :]) & there[..., None, :]
+    total = jnp.where(same, returns[..., None, :], 0.0).sum(-1)
+    mean = total / jnp.maximum(same.sum(-1), 1)
+    return jnp.where(there, returns - mean, 0.0)
+
+
+def _backwards(step, first, *arrays):
+    """Scan over the last axis from its end; arrays are [..., T]."""
+    moved = tuple(jnp.moveaxis(x, -1, 0) for x in arrays)
+    _, out = jax.lax.scan(step, first, moved, reverse=True)
+    return jnp.moveaxis(out, 0, -1)
+
+
+def discounted_returns(rewards, *, discount: float, where=None):
+    """What follows from each step on, discounted.
+
+        R[t] = r[t] + discount R[t + 1]
+
+    Args:
+      rewards: f32[..., T].
+      discount: in [0, 1].
+      where: bool, broadcastable to `rewards`. False: the step is passed over, and 0.
+
+    Returns:
+      f32[..., T], without gradient.
+
+    Raises:
+      ValueError: `discount` is out of range or `where` does not fit.
+      TypeError: `rewards` is not floating-point or `where` is not boolean.
+
+    >>> discounted_returns(jnp.array([0.0, 0.0, 8.0]), discount=0.5).tolist()
+    [2.0, 4.0, 8.0]
+    """
+    checks.check_range("discount", discount, low=0.0, high=1.0, why="a share")
+    rewards, there = _read_group("rewards", rewards, where)
+
+    def step(following, inputs):
+        reward, is_there = inputs
+        total = jnp.where(is_there, reward + discount * following, following)
+        return total, jnp.where(is_there, total, 0.0)
+
+    return _backwards(step, jnp.zeros_like(rewards[..., 0]), rewards, there)
+
+
+def gae(
+    rewards,
+    *,
+    values,
+    discount: float,
+    gae_lambda: float,
+    where=None,
+    last_value=0.0,
+):
+    """Generalised advantage estimation, and the returns that a critic fits.
+
+        delta[t] = r[t] + discount V[t + 1] - V[t]
+        A[t]     = delta[t] + discount gae_lambda A[t + 1]
+        returns  = A + V
+
+    Source: GAE, arXiv:1506.02438, equation 16.
+    Reduces to: `discounted_returns` less the values at a gae_lambda of 1.
+    Checked: against rlax 0.1.9 in value.
+
+    Args:
+      rewards: f32[..., T].
+      values: f32[..., T], V before each step.
+      discount: in [0, 1].
+      gae_lambda: in [0, 1].
+      where: bool, broadcastable to `rewards`. False: the step is passed over, and 0.
+      last_value: f32, broadcastable to [...]: V after the last step; 0 where an episode
+        ended.
+
+    Returns:
+      (advantages, returns), each f32[..., T], without gradient.
+
+    Raises:
+      ValueError: a shape does not fit or a number is out of range.
+      TypeError: an array is not floating-point or `where` is not boolean.
+
+    >>> advantages, returns = gae(
+    ...     jnp.array([0.0, 1.0]), values=jnp.array([0.5, 0.5]), discount=1.0,
+    ...     gae_lambda=0.5,
+    ... )
+    >>> advantages.tolist(), returns.tolist()
+    ([0.25, 0.5], [0.75, 1.0])
+    """
+    for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
+        checks.check_range(name, value, low=0.0, high=1.0, why="a share")
+    rewards, there = _read_group("rewards", rewards, where)
+    checks.check_same_shape("values", values, like=rewards, of="rewards")
+    values = read_constant("values", values, like=rewards, of="rewards", where=there)
+    first = read_constant(
+        "last_value", last_value, like=rewards[..., 0], of="rewards[..., 0]"
+    )
+
+    def step(carry, inputs):
+        advantage, following = carry
+        reward, value, is_there = inputs
+        delta = reward + discount * following - value
+        total = delta + discount * gae_lambda * advantage
+        advantage = jnp.where(is_there, total, advantage)
+        following = jnp.where(is_there, value, following)
+        return (advantage, following), jnp.where(is_there, total, 0.0)
+
+    start = (jnp.zeros_like(first), first)
+    advantages = _backwards(step, start, rewards, values, there)
+    return advantages, jnp.where(there, advantages + values, 0.0)
+
+
+def sequence_log_ratios(token_log_ratios, *, where):
+    """GSPO's ratio of a response: the geometric mean over its tokens.
+
+        mean over tokens of token_log_ratios
+
+    Source: GSPO, arXiv:2507.18071, equation 7 (the number is not verified).
+    Checked: one source, the paper's equation; TRL 1.16.0 as read.
+
+    Args:
+      token_log_ratios: f32[..., T], nats: policy minus behaviour policy.
+      where: bool, broadcastable to it. True: a token of the response.
+
+    Returns:
+      f32[...], for `clipped_surrogate_loss`.
+
+    Raises:
+      ValueError, TypeError: as `logps.response_mean`.
+
+    >>> where = jnp.array([True, True, False])
+    >>> float(sequence_log_ratios(jnp.array([0.5, 0.25, 9.0]), where=where))
+    0.375
+    """
+    return response_mean(token_log_ratios, where=where)
+
+
+def clipped_surrogate_loss(
+    log_ratios,
+    *,
+    advantages,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    where=None,
+):
+    """PPO's surrogate: no gain from moving the ratio further than the clip.
+
+        rho  = exp(log_ratios)
+        loss = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
+        where A < 0 and `dual_clip` is given: min(that, -A dual_clip)
+
+    The exponential is continued by its tangent above an exponent of 40.
+
+    Source: PPO, arXiv:1707.06347, equation 7; two clips: DAPO, arXiv:2503.14476; dual
+    clip: arXiv:1912.09729, equation 5 (the number is not verified).
+    Checked: against rlax 0.1.9 in value and gradient, for one clip.
+
+    Args:
+      log_ratios: f32[...], nats: policy minus behaviour policy, of tokens, turns
+        (`logps.step_sum`) or responses (`sequence_log_ratios`).
+      advantages: f32, broadcastable to `log_ratios`; no gradient.
+      clip_low: in [0, 1].
+      clip_high: 0 or more.
+      dual_clip: above 1, bounds the loss of bad responses that have become likely.
+      where: bool, broadcastable to `log_ratios`. False: loss 0, gradient 0.
+
+    Returns:
+      loss, f32[...], not reduced; metrics `ratio/value`, and `ratio/clipped`, 1 where a
+      clip holds the gradient back.
+
+    Raises:
+      ValueError: a shape does not fit or a number is out of range.
+      TypeError: `log_ratios` is not floating-point or `where` is not boolean.
+
+    >>> loss, metrics = clipped_surrogate_loss(
+    ...     jnp.array([0.0, 1.0]), advantages=jnp.array([2.0, 2.0]), clip_low=0.2,
+    ...     clip_high=0.2,
+    ... )
+    >>> [round(float(x), 4) for x in loss], metrics["ratio/clipped"].tolist()
+    ([-2.0, -2.4], [0.0, 1.0])
+    """
+    checks.check_range("clip_low", clip_low, low=0.0, high=1.0, why="of a ratio")
+    checks.check_not_negative("clip_high", clip_high)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"`dual_clip` must be above 1; got {dual_clip}.")
+    log_ratios, there = _read("log_ratios", log_ratios, where)
+    advantages = read_constant(
+        "advantages", advantages, like=log_ratios, of="log_ratios", where=there
+    )
+    ratio = exp_or_tangent(log_ratios)
+    free = -advantages * ratio
+    bound = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    clipped = bound > free
+    loss = jnp.where(clipped, bound, free)
+    if dual_clip is not None:
+        ceiling = -advantages * dual_clip
+        over = (advantages < 0) & (loss > ceiling)
+        loss = jnp.where(over, ceiling, loss)
+        clipped |= over
+    metrics = {"ratio/value": ratio, "ratio/clipped": clipped.astype(loss.dtype)}
+    return results(loss, metrics, there)
+
+
+def value_loss(values, *, returns, old_values, clip: float, where=None):
+    """A critic's squared error, with the step from its old values clipped.
+
+        loss = 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
+
+    Source: the reference implementation of PPO, arXiv:1707.06347; not in the paper.
+    Checked: one source, common implementations as read.
+
+    Args:
+      values: f32[...].
+      returns: f32, broadcastable to `values`; no gradient.
+      old_values: f32, broadcastable to `values`: of the critic that made the returns.
+      clip: unit of the values, positive.
+      where: bool, broadcastable to `values`. False: loss 0, gradient 0.
+
+    Returns:
+      loss, f32[...], not reduced; metric `values/clipped`, 1 where the clip decides.
+
+    Raises:
+      ValueError: a shape does not fit, or `clip` is not positive.
+      TypeError: `values` is not floating-point or `where` is not boolean.
+
+    >>> loss, _ = value_loss(jnp.array([2.0]), returns=1.0, old_values=1.5, clip=0.25)
+    >>> loss.tolist()
+    [0.5]
+    """
+    checks.check_positive("clip", clip)
+    values, there = _read("values", values, where)
+    returns, old = (
+        read_constant(name, array, like=values, of="values", where=there)
+        for name, array in (("returns", returns), ("old_values", old_values))
+    )
+    free = jnp.square(values - returns)
+    bound = jnp.square(jnp.clip(values, old - clip, old + clip) - returns)
+    clipped = bound > free
+    loss = 0.5 * jnp.where(clipped, bound, free)
+    return results(loss, {"values/clipped": clipped.astype(loss.dtype)}, there)
+
+
+def kl_k1(log_ratios, *, where=None):
+    """KL(policy || anchor) from a sample of the policy: unbiased, of either sign.
+
+        k1 = log_ratios
+
+    Its own gradient is the score function and has mean zero: a metric, or a term of the
+    reward, not of a loss.
+
+    Source: J. Schulman, "Approximating KL divergence" (2020).
+    Checked: by exact summation over a distribution.
+
+    Args:
+      log_ratios: f32[...], nats: policy minus anchor, of what the policy sampled.
+      where: bool, broadcastable to `log_ratios`. False: 0, gradient 0.
+
+    Returns:
+      f32[...], nats.
+
+    Raises:
+      ValueError: `where` does not fit.
+      TypeError: `log_ratios` is not floating-point or `where` is not boolean.
+
+    >>> kl_k1(jnp.array([0.5, -0.25])).tolist()
+    [0.5, -0.25]
+    """
+    return _read("log_ratios", log_ratios, where)[0]
+
+
+def kl_k2(log_ratios, *, where=None):
+    """KL(policy || anchor) from a sample: biased, with the right gradient.
+
+        k2 = log_ratios^2 / 2
+
+    Source, arguments, returns and errors: as `kl_k1`.
+
+    >>> kl_k2(jnp.array([2.0])).tolist()
+    [2.0]
+    """
+    return jnp.square(_read("log_ratios", log_ratios, where)[0]) / 2
+
+
+def kl_k3(log_ratios, *, where=None):
+    """KL(policy || anchor) from a sample: unbiased and never negative.
+
+        k3 = exp(-log_ratios) - 1 + log_ratios
+
+    Source, arguments, returns and errors: as `kl_k1`. GRPO, arXiv:2402.03300, equation
+    4, adds it to the loss.
+
+    >>> round(float(kl_k3(jnp.array(1.0))), 4)
+    0.3679
+    """
+    log_ratios, _ = _read("log_ratios", log_ratios, where)
+    near = jnp.maximum(log_ratios, -1.0)  # where expm1 keeps digits, and is finite
+    growth = jnp.where(
+        log_ratios < -1, exp_or_tangent(-log_ratios) - 1, jnp.expm1(-near)
+    )
+    return growth + log_ratios
+
+
+def score_coefficients(scores, *, loss_fn):
+    """First of two passes: how the loss of whole episodes moves with each score.
+
+        coefficients = d sum(loss_fn(scores)) / d scores
+
+    An episode whose turns are separate groups does not fit one batch. Score all turns
+    without gradient, add them up to episode scores, and take this derivative; then
+    train each turn on `coefficient_loss` with its episode's coefficient: by the chain
+    rule the gradient is that of the loss itself, exactly.
+
+    Args:
+      scores: f32[..., N], of whole episodes, from parameters as they are.
+      loss_fn: scores -> (loss, metrics), such as `outcome_pairs_loss` with its options.
+
+    Returns:
+      (coefficients, loss, metrics): f32[..., N] and what `loss_fn` returned, all
+      without gradient.
+
+    >>> def loss_fn(scores):
+    ...     return -jax.nn.log_sigmoid(scores[0] - scores[1]), {}
+    >>> coefficients, loss, _ = score_coefficients(jnp.zeros(2), loss_fn=loss_fn)
+    >>> coefficients.tolist()
+    [-0.5, 0.5]
+    """
+
+    def total(scores):
+        loss, metrics = loss_fn(scores)
+        return loss.sum(), (loss, metrics)
+
+    coefficients, (loss, metrics) = jax.grad(total, has_aux=True)(scores)
+    return jax.lax.stop_gradient((coefficients, loss, metrics))
+
+
+def coefficient_loss(logps, *, coefficients, where=None):
+    """Second of two passes: a loss whose gradient is the coefficient times the logp's.
+
+        loss = coefficients logps
+
+    Its value means nothing. Also the plain policy gradient, with minus the advantage as
+    coefficient.
+
+    Args:
+      logps: f32[...], of turns: whatever the episode scores are sums of.
+      coefficients: f32, broadcastable to `logps`, of `score_coefficients`, times beta
+        if scores are beta times log-ratios; no gradient.
+      where: bool, broadcastable to `logps`. False: loss 0, gradient 0.
+
+    Returns:
+      loss, f32[...], not reduced: to be added up, not averaged; metrics: none.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: `logps` is not floating-point or `where` is not boolean.
+
+    >>> loss, _ = coefficient_loss(jnp.array([-2.0]), coefficients=jnp.array([0.5]))
+    >>> loss.tolist()
+    [-1.0]
+    """
+    logps, there = _read("logps", logps, where)
+    coefficients = read_constant(
+        "coefficients", coefficients, like=logps, of="logps", where=there
+    )
+    return results(coefficients * logps, {}, there)

@@ -1,0 +1,29 @@
+"""Arithmetic that keeps its digits, and stays finite."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+_LARGEST_EXPONENT = 40.0  # exp of it, squared and summed, is finite in float32
+
+
+def at_least_float32(array):
+    """The array in float32, or in float64 if it came so.
+
+    >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def exp_or_tangent(x):
+    """exp up to 40, its tangent beyond: finite, and so is the square of its slope.
+
+    >>> bool(jnp.isfinite(exp_or_tangent(jnp.float32(1e4))))
+    True
+    """
+    # Not jnp.minimum: it would halve the slope at 40 itself.
+    capped = jnp.where(x > _LARGEST_EXPONENT, _LARGEST_EXPONENT, x)
+    beyond = jnp.where(x > _LARGEST_EXPONENT, x - _LARGEST_EXPONENT, 0.0)
+    return jnp.exp(capped) * (1 + beyond)
