@@ -22,6 +22,7 @@ TESTS = Path(__file__).resolve().parent
     [
         ("oracles.py", {"math", "numpy"}),
         ("loss_oracles.py", {"math", "numpy", "oracles"}),
+        ("more_loss_oracles.py", {"math", "numpy", "oracles", "loss_oracles"}),
     ],
 )
 def test_an_oracle_imports_nothing_of_the_library(file, allowed):
