@@ -30,6 +30,9 @@ LOSSES = {
     "batch_coupled": "Across the batch",
     "listwise": "Lists",
     "supervised": "Demonstrations",
+    "reward_models": "Reward models",
+    "policy_gradient": "Policy gradients",
+    "diffusion": "Diffusion models",
 }
 PARTS = {
     "rewards": (
@@ -40,6 +43,8 @@ PARTS = {
             "jensen_shannon_reward",
             "alpha_divergence_reward",
             "step_rewards",
+            "denoising_error",
+            "denoising_reward",
         ),
     ),
     "logps": (
@@ -154,7 +159,7 @@ def read_entry(function) -> Entry:
     if not text:
         raise ValueError(f"{name} has no docstring.")
     text = re.split(r"\n(?:Args|Returns|Raises)\b[^\n]*:\n|\n>>> ", text)[0]
-    text = re.split(r"\nArgs(?:, returns)? and errors", text)[0]
+    text = re.split(r"\nArgs(?:, returns)?,? and errors", text)[0]
     summary, *paragraphs = text.strip().split("\n\n")
     body, labels = [], {}
     for paragraph in paragraphs:

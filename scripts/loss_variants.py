@@ -86,6 +86,12 @@ def cases(seed: int) -> dict[str, Case]:
     def on_lists(loss_fn, **options):
         return Case(lists, lambda x: loss_fn(x, **options))
 
+    def on_errors(loss_fn, **options):
+        errors = -0.01 * logps
+        return Case(
+            errors, lambda x: loss_fn(x, anchor_errors=-0.01 * anchor, **options)
+        )
+
     def bco_pair(rewards):
         desirable = jnp.array([[True, False]])
         loss, metrics = losses.bco_loss(rewards, desirable=desirable, delta=0.0)
@@ -184,6 +190,37 @@ def cases(seed: int) -> dict[str, Case]:
         "sdpo_loss": on_lists(losses.sdpo_loss),
         "lipo_lambda_loss": on_lists(losses.lipo_lambda_loss, labels=relevance),
         "listnet_loss": on_lists(losses.listnet_loss, labels=relevance),
+        "dft_loss": on_logps(losses.dft_loss),
+        "fsft_loss": on_logps(
+            losses.fsft_loss, divergence=losses.CHI_SQUARED, **anchored
+        ),
+        "fsft_solved_loss": on_logps(
+            losses.fsft_solved_loss,
+            divergence=losses.CHI_SQUARED,
+            partition=-0.5,
+            **anchored,
+        ),
+        "reward_model_loss": on_pairs(losses.reward_model_loss, centering=0.01),
+        "binary_outcome_loss": on_pairs(losses.binary_outcome_loss, labels=desirable),
+        "outcome_pairs_loss": on_lists(
+            losses.outcome_pairs_loss, success=relevance > 0
+        ),
+        "clipped_surrogate_loss": on_pairs(
+            losses.clipped_surrogate_loss,
+            advantages=lengths - 30.0,
+            clip_low=0.2,
+            clip_high=0.28,
+            dual_clip=3.0,
+        ),
+        "value_loss": on_pairs(
+            losses.value_loss, returns=0.1 * lengths, old_values=0.0, clip=0.2
+        ),
+        "coefficient_loss": on_logps(losses.coefficient_loss, coefficients=rewards),
+        "diffusion_dpo_loss": on_errors(losses.diffusion_dpo_loss, beta=5000.0),
+        "diffusion_dro_loss": on_errors(losses.diffusion_dro_loss, threshold=-0.001),
+        "diffusion_kto_loss": on_errors(
+            losses.diffusion_kto_loss, beta=5000.0, desirable=desirable, kl=0.0
+        ),
     }
 
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from loss_oracles import (
+    _exp,
     _keep,
     _keep_all,
     _spread,
@@ -204,9 +205,9 @@ def outcome_pairs_count(*, success, where=None) -> float:
 
 
 def outcome_pairs_accuracy(scores, *, success, where=None) -> float:
-    """Share of pairs with the success above, ties 1/2; 1/2 without a pair."""
+    """Share of pairs with the success above, ties 1/2; 0 without a pair."""
     pairs = _outcome_pairs(scores, success, where)
-    return sum(pair_accuracy(p) for p in pairs) / len(pairs) if pairs else 0.5
+    return sum(pair_accuracy(p) for p in pairs) / len(pairs) if pairs else 0.0
 
 
 # --- advantages: losses/policy_gradient.py --------------------------------------------
@@ -330,7 +331,7 @@ def clipped_surrogate_loss(
     Two bounds: DAPO, arXiv:2503.14476. With a dual clip c, for A < 0, minus
     max(min(...), c A): arXiv:1912.09729, equation 5.
     """
-    rho, a = math.exp(float(log_ratios)), float(advantages)
+    rho, a = _exp(float(log_ratios)), float(advantages)
     objective = min(rho * a, _clip(rho, 1.0 - clip_low, 1.0 + clip_high) * a)
     if dual_clip is not None and a < 0:
         objective = max(objective, dual_clip * a)

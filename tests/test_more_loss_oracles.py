@@ -320,7 +320,7 @@ def test_outcome_pairs_are_all_successes_against_all_failures():
     for outcomes in ([1, 1], [0, 0]):
         assert mo.outcome_pairs_loss([0.2, 0.9], success=outcomes) == 0.0
         assert mo.outcome_pairs_count(success=outcomes) == 0.0
-        assert mo.outcome_pairs_accuracy([0.2, 0.9], success=outcomes) == 0.5
+        assert mo.outcome_pairs_accuracy([0.2, 0.9], success=outcomes) == 0.0
 
 
 # --- advantages -----------------------------------------------------------------------

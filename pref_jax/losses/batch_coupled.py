@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pref_jax import checks
 from pref_jax.losses.entries import (
+    all_equal,
     fill,
     inclusion,
     pair_metrics,
@@ -237,7 +238,7 @@ def solve_partition(
 
         c with mean of h'(beta (logps - anchor_logps) + c) = 1
 
-    the stationary point of the objective in c. h' falls, so that there is one, between
+    The stationary point of the objective in c. h' falls, so that there is one, between
     minus the largest and minus the smallest implicit reward; found by bisection.
 
     Source: derived, with the objective of `fsft_loss`.
@@ -289,6 +290,7 @@ def whitened_advantages(advantages, *, where=None):
 
     Source: REINFORCE++, arXiv:2501.03262, its global normalisation (the equation's
     number is not verified).
+    Convention: population variance; verl takes n - 1.
     Checked: one source, the paper's equation.
 
     Args:
@@ -296,7 +298,7 @@ def whitened_advantages(advantages, *, where=None):
       where: bool, broadcastable to `advantages`. False: not counted, and 0.
 
     Returns:
-      f32[...], without gradient.
+      f32[...], without gradient; 0 for equal advantages.
 
     Raises:
       ValueError: `where` does not fit, or this is a part of a batch only.
@@ -311,4 +313,5 @@ def whitened_advantages(advantages, *, where=None):
     )
     centred = jnp.where(counted, advantages - _mean(advantages, counted), 0.0)
     variance = _mean(jnp.square(centred), counted)
-    return centred * jax.lax.rsqrt(variance + _SMALLEST_VARIANCE)
+    whitened = centred * jax.lax.rsqrt(variance + _SMALLEST_VARIANCE)
+    return jnp.where(all_equal(advantages, counted, None), 0.0, whitened)

@@ -22,6 +22,9 @@ from pref_jax.types import CHOSEN, REJECTED
 
 
 def _reward(errors, anchor_errors, beta):
+    for name, array in (("errors", errors), ("anchor_errors", anchor_errors)):
+        checks.check_floating(name, array)
+    checks.check_same_shape("anchor_errors", anchor_errors, like=errors, of="errors")
     anchor_errors = jax.lax.stop_gradient(anchor_errors)
     return denoising_reward(errors, anchor_error=anchor_errors, beta=beta)
 

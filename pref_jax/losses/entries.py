@@ -84,6 +84,17 @@ def accuracy(margin):
     return jnp.heaviside(margin, 0.5)
 
 
+def all_equal(values, there, axis):
+    """Whether all values that are there are one number; of none, too. Axes are kept.
+
+    >>> there = jnp.array([True, True, False])
+    >>> all_equal(jnp.array([2.0, 2.0, 5.0]), there, 0).tolist()
+    [True]
+    """
+    highest = jnp.where(there, values, -jnp.inf).max(axis, keepdims=True)
+    return highest <= jnp.where(there, values, jnp.inf).min(axis, keepdims=True)
+
+
 def pair_metrics(rewards) -> dict[str, jax.Array]:
     """The metrics of a pair of rewards f32[..., 2], each f32[...]."""
     chosen, rejected = rewards[..., CHOSEN], rewards[..., REJECTED]

@@ -66,7 +66,7 @@ def dft_loss(token_logps, *, where=None):
 
     Source: Dynamic fine-tuning (DFT), arXiv:2508.05629, its token-level loss.
     Reduces to: `nll_loss` where the policy is sure.
-    Checked: against TRL 1.16.0 (`dft_loss`) in value and gradient.
+    Checked: against TRL 1.16.0 (`dft`, the mean over tokens) in value and gradient.
 
     Args:
       token_logps: f32[..., T], nats, at most 0.
@@ -147,7 +147,7 @@ SQUARED_HELLINGER = Divergence(
 
 JENSEN_SHANNON = Divergence(
     "Jensen-Shannon",
-    lambda v: jnp.log(2 - jnp.exp(-v)),
+    lambda v: jnp.log1p(-jnp.expm1(-v)),  # log(2 - exp(-v)) without cancelling
     lambda v: 1 / (2 * jnp.exp(v) - 1),
     -math.log(2) + 0.1,
 )
@@ -183,8 +183,16 @@ def fsft_loss(logps, *, anchor_logps, beta: float, divergence: Divergence, where
 
         v = beta (logps - anchor_logps);   loss = -h(v) / beta
 
-    The gradient is that of plain SFT times h'(v). Divided by beta, so that it begins
-    with plain SFT's scale.
+        total variation     h = v
+        Pearson chi-squared h = 2 (sqrt(1 + v) - 1)
+        squared Hellinger   h = v / (1 + v)
+        Jensen-Shannon      h = log(2 - exp(-v))
+        forward KL          h = log(1 + v)
+        reverse KL          h = 1 - exp(-v)
+
+    Towards where h ends, it goes on as its tangent (`Divergence.lowest`). The gradient
+    is that of plain SFT times h'(v). Divided by beta, so that it begins with plain
+    SFT's scale.
 
     Source: derived for the SFT objective of "Implicit reward as the bridge",
     arXiv:2507.00018, from the variational form of an f-divergence; which divergences

@@ -1,7 +1,8 @@
 """Every loss of preferences as a case: how to draw its inputs, call it, and check it.
 
 A case holds a loss, options that are not its defaults, and what its metrics are. The
-oracle of a case is the function of its name in `loss_oracles`, one example at a time.
+oracle of a case is the function of its name in `loss_oracles` or `more_loss_oracles`,
+one example at a time. The table goes on in `more_loss_cases.py`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import loss_oracles
+import more_loss_oracles
 from pref_jax import losses
 
 BATCH, LIST = 8, 4
@@ -86,6 +88,13 @@ RESPONSE_FLAGS = Input(lambda rng, shape: rng.random(shape) < 0.5, of_responses=
 STATISTIC = uniform(0, 1, of_responses=False)
 
 
+def as_the_oracle_has_it(option):
+    """An option, or the oracle's name of a divergence: that of the constant."""
+    if not isinstance(option, losses.Divergence):
+        return option
+    return next(k.lower() for k, x in vars(losses).items() if x is option)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A loss and all that the tests of every loss need to know of it.
@@ -98,6 +107,8 @@ class Case:
       kind: "pair", "list" (`where` drops items) or "response" (no axis K).
       of_batch: whether it looks across the batch; then the oracle takes all of it.
       differences: whether it sees the first input through differences alone.
+      stopped: whether a factor depends on the first input and carries no gradient.
+      oracle: in place of the function of its name.
     """
 
     name: str
@@ -107,6 +118,8 @@ class Case:
     kind: str = "pair"
     of_batch: bool = False
     differences: bool = True
+    stopped: bool = False
+    oracle: Callable | None = None
 
     @property
     def first(self) -> str:
@@ -116,7 +129,11 @@ class Case:
     @property
     def id(self) -> str:
         """For the names of tests."""
-        options = [f"{k}={v}" for k, v in self.options.items() if "smooth" in k]
+        options = [
+            f"{k}={as_the_oracle_has_it(v)}"
+            for k, v in self.options.items()
+            if k in ("label_smoothing", "divergence", "dual_clip")
+        ]
         arrays = ["margin"] if "margin" in self.inputs else []
         return "-".join([self.name, *options, *arrays])
 
@@ -146,11 +163,13 @@ class Case:
 
     def expected_loss(self, arrays, where=None) -> np.ndarray:
         """The loss by the oracle, in float64."""
-        oracle = getattr(loss_oracles, self.name)
+        home = loss_oracles if hasattr(loss_oracles, self.name) else more_loss_oracles
+        oracle = self.oracle or getattr(home, self.name)
+        options = {k: as_the_oracle_has_it(x) for k, x in self.options.items()}
 
         def run(values, **more):
             others = {k: x for k, x in values.items() if k != self.first}
-            return oracle(values[self.first], **others, **self.options, **more)
+            return oracle(values[self.first], **others, **options, **more)
 
         values = {name: np.asarray(x).tolist() for name, x in arrays.items()}
         if self.of_batch:
@@ -172,10 +191,11 @@ class Case:
         leading = np.shape(arrays[self.first])
         leading = leading if self.kind == "response" else leading[:-1]
         out = {}
+        options = {k: as_the_oracle_has_it(x) for k, x in self.options.items()}
         for index in np.ndindex(leading):
             one = {k: np.asarray(x)[index].tolist() for k, x in arrays.items()}
             kept = True if where is None else where[index]
-            found = self.metrics(one | self.options, kept)
+            found = self.metrics(one | options, kept)
             for name, value in found.items():
                 out.setdefault(name, np.zeros(leading))
                 out[name][index] = value if np.any(kept) else 0.0

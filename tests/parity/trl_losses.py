@@ -23,6 +23,7 @@ from trl.experimental.orpo import ORPOTrainer  # noqa: E402
 from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
 from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
+from trl.trainer.sft_trainer import SFTTrainer  # noqa: E402
 
 DPO_LOSSES = (
     "sigmoid",
@@ -273,8 +274,11 @@ def orpo_odds_ratio(mean_logps, *, beta) -> torch.Tensor:
     return -losses.mean()  # `get_batch_loss_metrics` subtracts it
 
 
-def reward_model(rewards, *, margin=None) -> torch.Tensor:
-    """The loss of `RewardTrainer` for rewards [B, 2] and margins [B]."""
+def reward_model(rewards, *, margin=None, centering=None) -> torch.Tensor:
+    """The loss of `RewardTrainer` for rewards [B, 2] and margins [B].
+
+    `centering` is TRL's `center_rewards_coefficient`.
+    """
     outputs = types.SimpleNamespace(logits=in_rows(rewards)[:, None])
 
     def model(**inputs):
@@ -284,7 +288,7 @@ def reward_model(rewards, *, margin=None) -> torch.Tensor:
     trainer = types.SimpleNamespace(
         model=model,
         accelerator=accelerator(),
-        args=types.SimpleNamespace(center_rewards_coefficient=None),
+        args=types.SimpleNamespace(center_rewards_coefficient=centering),
         _metrics=metrics(),
         _total_train_tokens=0,
         _tp_size=1,
@@ -293,3 +297,39 @@ def reward_model(rewards, *, margin=None) -> torch.Tensor:
     if margin is not None:
         inputs["margin"] = margin
     return RewardTrainer.compute_loss(trainer, model, inputs)
+
+
+# --- SFTTrainer -----------------------------------------------------------------------
+
+
+def sft(token_logps, mask, *, loss_type) -> torch.Tensor:
+    """The loss of `SFTTrainer`: "nll" or "dft", of [N, T], the mean over tokens."""
+    zeros = torch.zeros_like(token_logps, requires_grad=False)
+    outputs = types.SimpleNamespace(
+        log_probs=token_logps.masked_fill(~mask, 0.0),
+        label_mask=mask,
+        entropy=zeros,
+        is_top1=zeros.bool(),
+    )
+
+    def model(**inputs):
+        return outputs
+
+    model.training = True
+    gathering = accelerator()
+    gathering.parallelism_config = None
+    trainer = types.SimpleNamespace(
+        model=model,
+        accelerator=gathering,
+        args=types.SimpleNamespace(
+            loss_type=loss_type, average_tokens_across_devices=False
+        ),
+        compute_loss_func=None,
+        label_smoother=None,
+        aux_loss_enabled=False,
+        _metrics=metrics(),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {"attention_mask": mask.long(), "labels": mask.long()}
+    return SFTTrainer.compute_loss(trainer, model, inputs)
