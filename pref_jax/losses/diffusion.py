@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
-from pref_jax.losses.entries import fill, inclusion, pair_metrics, read_pair, results
+from pref_jax.losses.entries import fill, pair_metrics, read_pair, results
 from pref_jax.losses.pairwise import logistic_loss, thresholded_loss
 from pref_jax.losses.unpaired import kto_loss
 from pref_jax.numerics import at_least_float32
@@ -217,7 +217,11 @@ def dspo_loss(
     ):
         checks.check_floating(name, array)
         checks.check_same_shape(name, array, like=predictions, of="predictions")
-    inclusion(where, shape=jnp.shape(predictions)[:-3], of="predictions")
+    if jnp.ndim(predictions) < 3 or jnp.shape(predictions)[:-3] != margin.shape:
+        raise ValueError(
+            f"`predictions` needs the shape [..., H, W, C] with the leading axes of "
+            f"`errors`, {margin.shape}; got {checks.describe(predictions)}."
+        )
     predictions, target, frozen = (
         fill(at_least_float32(x), where)
         for x in (predictions, target, jax.lax.stop_gradient(anchor_predictions))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import loss_oracles
-from losses.loss_cases import assert_golden, nls, s
+import more_loss_oracles
+from losses.loss_cases import as_the_oracle_has_it, assert_golden, nls, s
+from losses.more_loss_cases import DIVERGENCES
 from pref_jax import checks, losses
 
 # --- statistics -----------------------------------------------------------------------
@@ -222,6 +224,95 @@ def test_aot_takes_one_whole_batch(shape):
         losses.aot_unpaired_loss(logps)
 
 
+# --- the partition of demonstrations --------------------------------------------------
+
+every_divergence = pytest.mark.parametrize(
+    "divergence", DIVERGENCES, ids=lambda d: d.name
+)
+
+
+def demonstrations(seed=0):
+    rng = np.random.default_rng(seed)
+    logps, anchor_logps = rng.uniform(-9, -0.5, (2, 4, 3))
+    return logps, anchor_logps, rng.random((4, 3)) < 0.7
+
+
+@every_divergence
+def test_the_partition_is_the_oracles_and_gives_weights_of_mean_one(divergence):
+    logps, anchor_logps, where = demonstrations()
+    options = {"beta": 0.3, "divergence": divergence}
+    name = as_the_oracle_has_it(divergence)
+    with jax.enable_x64(True):
+        given = {"anchor_logps": anchor_logps, "where": where}
+        c = losses.solve_partition(jnp.asarray(logps), **given, **options)
+        _, metrics = losses.fsft_solved_loss(
+            jnp.asarray(logps), partition=c, **given, **options
+        )
+    expected = more_loss_oracles.solve_partition(
+        logps, anchor_logps=anchor_logps, where=where, beta=0.3, divergence=name
+    )
+    assert float(c) == pytest.approx(expected, abs=1e-12)
+    weights = np.asarray(metrics["sft/weight"])[where]
+    assert weights.mean() == pytest.approx(1.0, abs=1e-12)
+
+
+@every_divergence
+def test_the_partition_in_float32_is_near_the_oracles_far_from_the_anchor(divergence):
+    logps = np.array([-1.0, -400.0, -90.0, -3.0], np.float32)
+    anchor_logps = np.array([-300.0, -1.0, -2.0, -3.0], np.float32)
+    got = losses.solve_partition(
+        logps, anchor_logps=anchor_logps, beta=0.5, divergence=divergence
+    )
+    expected = more_loss_oracles.solve_partition(
+        logps,
+        anchor_logps=anchor_logps,
+        beta=0.5,
+        divergence=as_the_oracle_has_it(divergence),
+    )
+    assert float(got) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_a_partition_moves_against_the_rewards_has_no_gradient_and_drops_nan():
+    logps, anchor_logps, where = demonstrations()
+    options = {"beta": 0.5, "divergence": losses.JENSEN_SHANNON}
+
+    def solve(logps, where=where):
+        return losses.solve_partition(
+            logps, anchor_logps=anchor_logps, where=where, **options
+        )
+
+    c = solve(logps)
+    assert float(solve(logps + 2.0)) == pytest.approx(float(c) - 1.0, rel=1e-5)
+    assert solve(np.where(where, logps, np.nan)) == c
+    assert not jax.grad(solve)(jnp.asarray(logps, jnp.float32)).any()
+    assert solve(logps, where=np.zeros((4, 3), bool)) == 0.0
+    assert np.isnan(solve(np.full((4, 3), np.nan)))
+
+
+# --- advantages -----------------------------------------------------------------------
+
+
+def test_whitened_advantages_are_the_oracles():
+    rng = np.random.default_rng(1)
+    advantages, where = rng.normal(3, 2, (5, 4)), rng.random((5, 4)) < 0.7
+    got = losses.whitened_advantages(np.where(where, advantages, np.nan), where=where)
+    expected = more_loss_oracles.whitened_advantages(advantages, where=where)
+    np.testing.assert_allclose(np.ravel(got), expected, rtol=1e-5, atol=1e-6)
+    kept = np.asarray(got)[where]
+    assert kept.mean() == pytest.approx(0.0, abs=1e-6)
+    assert kept.std() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_whitened_advantages_of_equals_are_zero_and_have_no_gradient():
+    for equal in (0.1, 123.4):
+        got = losses.whitened_advantages(jnp.full((3, 7), equal))
+        assert not got.any()
+    assert not losses.whitened_advantages(jnp.ones(3), where=np.zeros(3, bool)).any()
+    gradient = jax.grad(lambda x: (x * losses.whitened_advantages(x)).sum())
+    x = jnp.array([1.0, 2.0, 4.0])
+    np.testing.assert_array_equal(gradient(x), losses.whitened_advantages(x))
+
+
 # --- a part of a batch ----------------------------------------------------------------
 
 CALLS = {
@@ -229,6 +320,10 @@ CALLS = {
     "reward_shift": lambda x: losses.reward_shift(x, desirable=jnp.array(True)),
     "aot_loss": lambda x: losses.aot_loss(x, anchor_logps=x, beta=0.5)[0],
     "aot_unpaired_loss": lambda x: losses.aot_unpaired_loss(x)[0],
+    "solve_partition": lambda x: losses.solve_partition(
+        x, anchor_logps=x, beta=0.5, divergence=losses.CHI_SQUARED
+    ),
+    "whitened_advantages": lambda x: losses.whitened_advantages(x),
 }
 
 

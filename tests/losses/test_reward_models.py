@@ -1,0 +1,208 @@
+"""Losses of reward models: arithmetic, outcomes in pairs, two passes as one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from losses.loss_cases import assert_golden, nls, s
+from pref_jax import losses
+
+# --- arithmetic -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "options", "loss", "gradient"),
+    [
+        (
+            "reward_model_loss",
+            [[2.0, 1.0], [-1.0, 0.5]],
+            {"centering": 0.1},
+            [nls(1.0) + 0.1 * 9, nls(-1.5) + 0.1 * 0.25],
+            [[-s(-1) + 0.6, s(-1) + 0.6], [-s(1.5) - 0.1, s(1.5) - 0.1]],
+        ),
+        (
+            "reward_model_loss",
+            [[2.0, 1.0]],
+            {"centering": 0.0, "margin": [0.5]},
+            [nls(0.5)],
+            [[-s(-0.5), s(-0.5)]],
+        ),
+        (
+            "binary_outcome_loss",
+            [1.0, 1.0, -2.0],
+            {"labels": [1.0, 0.0, 0.25]},
+            [nls(1.0), nls(-1.0), 0.25 * nls(-2.0) + 0.75 * nls(2.0)],
+            [s(1.0) - 1, s(1.0), s(-2.0) - 0.25],
+        ),
+        (
+            # Pairs (0, 1), (0, 3), (2, 1), (2, 3).
+            "outcome_pairs_loss",
+            [[1.0, 0.5, -1.0, 1.0]],
+            {"success": np.array([True, False, True, False])},
+            [(nls(0.5) + nls(0.0) + nls(-1.5) + nls(-2.0)) / 4],
+            [
+                [
+                    -(s(-0.5) + s(0)) / 4,
+                    (s(-0.5) + s(1.5)) / 4,
+                    -(s(1.5) + s(2)) / 4,
+                    (s(0) + s(2)) / 4,
+                ]
+            ],
+        ),
+    ],
+)
+def test_losses_and_gradients_are_arithmetic(name, first, options, loss, gradient):
+    assert_golden(name, first, options, loss, gradient)
+
+
+def test_a_centering_of_zero_is_the_logistic_loss():
+    rewards = jnp.array([[2.0, 1.0], [0.0, 3.0]])
+    got, metrics = losses.reward_model_loss(rewards, centering=0.0)
+    expected, _ = losses.logistic_loss(rewards)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(metrics["loss/preference"], expected)
+    np.testing.assert_array_equal(metrics["loss/centering"], [9.0, 9.0])
+
+
+def test_centering_holds_what_pairs_leave_free():
+    """All rewards moved by one number: the slope is twice the weight times the sum."""
+
+    def moved(number):
+        rewards = jnp.array([2.0, 1.0]) + number
+        return losses.reward_model_loss(rewards, centering=0.25)[0]
+
+    np.testing.assert_allclose(jax.grad(moved)(0.0), 0.25 * 2 * 3.0 * 2, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(moved)(-1.5), 0.0, atol=1e-6)
+
+
+def test_binary_outcomes_are_bco_without_a_shift():
+    rewards, labels = jnp.array([1.0, -2.0, 0.0]), jnp.array([True, True, False])
+    got, metrics = losses.binary_outcome_loss(rewards, labels=labels)
+    expected, of_bco = losses.bco_loss(rewards, desirable=labels, delta=0.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_array_equal(
+        metrics["rewards/accuracy"], of_bco["rewards/accuracy"]
+    )
+
+
+def test_outcomes_of_steps_have_any_shape():
+    rewards = jnp.zeros((2, 3, 4))
+    loss, _ = losses.binary_outcome_loss(rewards, labels=jnp.array([[[1.0]], [[0.0]]]))
+    np.testing.assert_allclose(loss, np.full((2, 3, 4), nls(0.0)), rtol=1e-6)
+
+
+# --- outcomes in pairs ----------------------------------------------------------------
+
+
+def test_one_success_and_one_failure_are_the_logistic_loss():
+    scores = jnp.array([[0.5, 2.0], [1.0, -1.0]])
+    success = jnp.array([[False, True], [True, False]])
+    loss, metrics = losses.outcome_pairs_loss(scores, success=success)
+    expected, of_pair = losses.logistic_loss(jnp.array([[2.0, 0.5], [1.0, -1.0]]))
+    np.testing.assert_array_equal(loss, expected)
+    np.testing.assert_array_equal(
+        metrics["rewards/accuracy"], of_pair["rewards/accuracy"]
+    )
+    np.testing.assert_array_equal(metrics["pairs/count"], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_a_group_without_both_outcomes_has_no_loss_gradient_or_accuracy(outcome):
+    def total(scores):
+        loss, metrics = losses.outcome_pairs_loss(scores, success=jnp.array(outcome))
+        return loss, metrics
+
+    scores = jnp.array([3.0, -1.0, 1e4])
+    (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(scores)
+    assert loss == 0.0 and not gradient.any()
+    assert metrics == {"pairs/count": 0.0, "rewards/accuracy": 0.0}
+
+
+def test_an_outcome_that_is_dropped_makes_no_pairs():
+    scores = jnp.array([1.0, jnp.nan, 0.0, jnp.nan])
+    options = {"success": jnp.array([True, True, False, False])}
+    where = jnp.array([True, False, True, False])
+    loss, metrics = losses.outcome_pairs_loss(scores, where=where, **options)
+    np.testing.assert_allclose(loss, nls(1.0), rtol=1e-6)
+    assert metrics["pairs/count"] == 1.0
+
+
+def episodes(seed=0):
+    """Log-ratios [N, S] of turns as a function of parameters, and which exist."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(5, 3, 4)).astype(np.float32)
+    where = np.arange(3) < np.array([3, 1, 2, 3, 2])[:, None]
+    success = np.array([True, False, True, False, False])
+
+    def log_ratios(params):
+        return jnp.tanh(jnp.asarray(features) @ params) * params.sum()
+
+    return log_ratios, where, success, jnp.array([0.3, -0.5, 1.0, 0.2])
+
+
+def test_the_gradient_in_two_passes_is_the_gradient_in_one():
+    log_ratios, where, success, params = episodes()
+    beta = 0.7
+
+    def loss_fn(scores):
+        return losses.outcome_pairs_loss(scores, success=success)
+
+    def one_pass(params):
+        return loss_fn(beta * jnp.where(where, log_ratios(params), 0.0).sum(-1))[0]
+
+    value, expected = jax.value_and_grad(one_pass)(params)
+    scores = beta * jnp.where(where, log_ratios(params), 0.0).sum(-1)
+    coefficients, loss, metrics = losses.score_coefficients(scores, loss_fn=loss_fn)
+    assert loss == value and metrics["pairs/count"] == 6.0
+    # Turn by turn, as groups of their own in another order.
+    turns = np.random.default_rng(1).permutation(np.argwhere(where))
+
+    def of_turns(params, turns):
+        i, t = turns.T
+        logps = log_ratios(params)[i, t]
+        loss, _ = losses.coefficient_loss(logps, coefficients=beta * coefficients[i])
+        return loss.sum()
+
+    found = sum(jax.grad(of_turns)(params, part) for part in np.split(turns, [4, 7]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected).max() > 0.05
+
+
+def test_coefficients_are_slopes_without_a_gradient_of_their_own():
+    def loss_fn(scores):
+        return jnp.square(scores).sum(-1), {"sum": scores.sum(-1)}
+
+    def coefficients(scores):
+        return losses.score_coefficients(scores, loss_fn=loss_fn)
+
+    scores = jnp.array([[1.0, -2.0], [0.5, 0.0]])
+    found, loss, metrics = coefficients(scores)
+    np.testing.assert_array_equal(found, 2 * scores)
+    np.testing.assert_array_equal(loss, [5.0, 0.25])
+    np.testing.assert_array_equal(metrics["sum"], [-1.0, 0.5])
+    for part in range(3):
+        slope = jax.grad(
+            lambda x, i=part: sum(map(jnp.sum, _leaves(coefficients(x)[i])))
+        )
+        assert not slope(scores).any()
+
+
+def _leaves(tree):
+    return jax.tree.leaves(tree)
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centering", [-0.1, float("nan"), float("inf")])
+def test_the_centering_is_not_negative(centering):
+    with pytest.raises(ValueError, match="`centering` must be 0 or more, and finite"):
+        losses.reward_model_loss(np.zeros(2), centering=centering)
+
+
+def test_outcomes_are_booleans_of_a_group():
+    with pytest.raises(TypeError, match="`success` is inclusion and needs booleans"):
+        losses.outcome_pairs_loss(np.zeros(3), success=np.ones(3))
+    with pytest.raises(ValueError, match="`scores` needs a last axis of episodes"):
+        losses.outcome_pairs_loss(np.float32(0), success=np.array(True))
