@@ -338,6 +338,73 @@ def step_mean(token_values, *, step_ids, num_steps: int, where=None):
     return total / jnp.maximum(member.sum(-1), 1)
 
 
+def spread_steps(step_values, *, step_ids, where=None):
+    """Gives every token the value of its step: of a turn's advantage, to its tokens.
+
+    Args:
+      step_values: [..., S].
+      step_ids: i32[..., T], of the same leading axes: 1..S, or 0 for a token of no
+        step.
+      where: bool, broadcastable to `step_ids`. False: the token gets 0.
+
+    Returns:
+      [..., T]; 0 for a token of no step, and for an id above S.
+
+    Raises:
+      ValueError: the leading axes differ, or `where` does not fit.
+      TypeError: `where` is not boolean.
+
+    >>> spread_steps(jnp.array([0.5, 2.0]), step_ids=jnp.array([1, 1, 0, 2])).tolist()
+    [0.5, 0.5, 0.0, 2.0]
+    """
+    step_values, step_ids = jnp.asarray(step_values), jnp.asarray(step_ids)
+    same = step_values.ndim and step_ids.ndim
+    if not same or step_values.shape[:-1] != step_ids.shape[:-1]:
+        raise ValueError(
+            f"`step_values` [..., S] and `step_ids` [..., T] need the same leading "
+            f"axes; got {checks.describe(step_values)} and {checks.describe(step_ids)}."
+        )
+    # Of a token that no step holds, a row of False: its sum is 0.
+    member = _step_members(step_ids, step_ids, step_values.shape[-1], where)
+    return jnp.where(member, step_values[..., None], 0).sum(-2)
+
+
+def episode_sum(values, *, episode_ids, num_episodes: int, where=None):
+    """Adds up what stands in separate groups: the turns of an episode.
+
+        out[e] = sum of values[b] over b with episode_ids[b] == e
+
+    Args:
+      values: f32[B], of turns.
+      episode_ids: i32[B]: 0..E - 1. A turn of another id is counted nowhere.
+      num_episodes: E.
+      where: bool, broadcastable to `values`. False: the turn does not count.
+
+    Returns:
+      f32[E]; 0 for an episode without turns.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: `episode_ids` are not integers or `where` is not boolean.
+
+    >>> values, ids = jnp.array([1.0, 2.0, 4.0]), jnp.array([1, 0, 1])
+    >>> episode_sum(values, episode_ids=ids, num_episodes=2).tolist()
+    [2.0, 5.0]
+    """
+    if jnp.ndim(values) != 1:
+        raise ValueError(f"`values` needs one axis; got {checks.describe(values)}.")
+    checks.check_same_shape("episode_ids", episode_ids, like=values, of="values")
+    if not jnp.issubdtype(jnp.result_type(episode_ids), jnp.integer):
+        raise TypeError(
+            f"`episode_ids` needs integers; got {checks.describe(episode_ids)}."
+        )
+    if where is not None:
+        checks.check_bool("where", where)
+        checks.check_broadcast("where", where, to=jnp.shape(values), of="values")
+        values = jnp.where(where, values, 0.0)
+    return jax.ops.segment_sum(values, episode_ids, num_episodes)
+
+
 def _step_members(token_values, step_ids, num_steps, where):
     """bool[..., S, T]: token t belongs to step s + 1 and counts."""
     shape = jnp.shape(token_values)

@@ -27,7 +27,10 @@ Metrics = dict[str, tuple[Array, Array]]
 """Inside a `Method`: name -> (value, weight), both of one leading shape."""
 
 EXTRAS = {
+    "advantage": "BKT",
     "anchor_logps": "BKT",
+    "coefficient": "BK",
+    "episode": "B",
     "explore": "BK",
     "margin": "B",
     "source_lengths": "BKM",
@@ -35,11 +38,14 @@ EXTRAS = {
 }
 """Optional fields of a batch: name -> its axes. Built and checked from the axes.
 
-`anchor_logps`: token logps of a fixed anchor, nats. `explore`: 1 for a response of the
-exploration sampler, else 0. `margin`: by how much the chosen response is better, in the
-unit of the data. `source_logps`, `source_lengths`: what M source models say of each
-response, nats summed over the tokens of their own tokenizers, and the number of these
-tokens; a length of 0 marks a source that did not score the response.
+`advantage`: of every token of a sampled response. `anchor_logps`: token logps of a
+fixed anchor, or of the policy that sampled, nats. `coefficient`: the slope of a loss of
+whole episodes by a turn's score. `episode`: the one that a turn belongs to. `explore`:
+1 for a response of the exploration sampler, else 0. `margin`: by how much the chosen
+response is better, in the unit of the data. `source_logps`, `source_lengths`: what M
+source models say of each response, nats summed over the tokens of their own tokenizers,
+and the number of these tokens; a length of 0 marks a source that did not score the
+response.
 """
 
 

@@ -39,21 +39,30 @@ def _check_k(k: int) -> None:
         raise ValueError(f"`k` must be 1 or more; got {k}.")
 
 
+def _ranked(scores, there):
+    """Ranks the items: (order, run), i64[..., K] each.
+
+    order: items from the highest score down, then those that are not there.
+    run: numbers the runs of tied items of all lists, from 0, in that order.
+    """
+    order = np.lexsort((-scores, ~there))
+    scores, there = (np.take_along_axis(x, order, -1) for x in (scores, there))
+    begins = np.ones(scores.shape, bool)
+    begins[..., 1:] = scores[..., 1:] != scores[..., :-1]
+    begins[..., 1:] |= there[..., 1:] != there[..., :-1]
+    return order, begins.cumsum().reshape(scores.shape) - 1
+
+
 def _mean_gain(scores, gains, there, discounts):
     """Sum over ranks of discount times gain, averaged over the orders of ties.
 
-    A run of tied items shares the mean gain of the run at each of its ranks.
+    A run of tied items shares the mean gain of the run at each of its ranks. What is
+    not there stands behind, with a gain of 0.
     """
-    flat = [x.reshape(-1, x.shape[-1]) for x in (scores, gains, there)]
-    total = np.zeros(len(flat[0]))
-    for row, (score, gain, is_there) in enumerate(zip(*flat, strict=True)):
-        score, gain = score[is_there], gain[is_there]
-        values, run = np.unique(-score, return_inverse=True)
-        sizes = np.bincount(run, minlength=len(values))
-        means = np.bincount(run, gain, minlength=len(values)) / np.maximum(sizes, 1)
-        shared = np.repeat(means, sizes)
-        total[row] = (shared * discounts[: len(shared)]).sum()
-    return total.reshape(scores.shape[:-1])
+    order, run = _ranked(scores, there)
+    total = np.bincount(run.ravel(), np.take_along_axis(gains, order, -1).ravel())
+    mean = total / np.bincount(run.ravel())
+    return (mean[run] * discounts).sum(-1)
 
 
 def ndcg(scores, relevance, *, k: int, where=None):
@@ -154,25 +163,19 @@ def reciprocal_rank(scores, relevance, *, where=None):
     0.5
     """
     scores, relevance, there = _read(scores, relevance, where)
-    flat = [x.reshape(-1, x.shape[-1]) for x in (scores, relevance, there)]
-    found = np.full(len(flat[0]), np.nan)
-    for row, (score, grade, is_there) in enumerate(zip(*flat, strict=True)):
-        relevant = is_there & (grade > 0)
-        if not relevant.any():
-            continue
-        best = score[relevant].max()
-        above = int((score[is_there] > best).sum())
-        tied = int((score[is_there] == best).sum())
-        hits = int((score[relevant] == best).sum())
-        # The first hit of `hits` among `tied` stands at place r when r - 1 misses come
-        # first: chance of that, one place after the other.
-        chance, total = 1.0, 0.0
-        for place in range(1, tied - hits + 2):
-            hit = hits / (tied - place + 1)
-            total += chance * hit / (above + place)
-            chance *= 1 - hit
-        found[row] = total
-    return found.reshape(scores.shape[:-1])
+    relevant = there & (relevance > 0)
+    best = np.where(relevant, scores, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+    above = (there & (scores > best)).sum(-1)
+    tied = (there & (scores == best)).sum(-1)
+    hits = (relevant & (scores == best)).sum(-1)
+    # The first of `hits` among `tied` stands at a place when misses alone come before:
+    # the chance of that, one place after the other.
+    chance, found = np.ones(tied.shape), np.zeros(tied.shape)
+    for place in range(1, scores.shape[-1] + 1):
+        hit = np.minimum(hits / np.maximum(tied - place + 1, 1), 1.0)
+        found += chance * hit / (above + place)
+        chance *= 1 - hit
+    return np.where(relevant.any(-1), found, np.nan)
 
 
 def win_mass(logps, grades, *, where=None):

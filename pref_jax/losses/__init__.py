@@ -9,6 +9,7 @@ from pref_jax.losses.batch_coupled import (
     whitened_advantages,
 )
 from pref_jax.losses.diffusion import (
+    denoising_loss,
     diffusion_dpo_loss,
     diffusion_dro_loss,
     diffusion_kto_loss,
@@ -58,6 +59,7 @@ from pref_jax.losses.policy_gradient import (
     score_coefficients,
     sequence_log_ratios,
     step_advantages,
+    turn_advantages,
     value_loss,
 )
 from pref_jax.losses.reference_free import (
@@ -67,6 +69,7 @@ from pref_jax.losses.reference_free import (
 )
 from pref_jax.losses.reward_models import (
     binary_outcome_loss,
+    matched_outcomes_loss,
     outcome_pairs_loss,
     reward_model_loss,
 )
@@ -108,6 +111,7 @@ __all__ = [
     "cluster_advantages",
     "coefficient_loss",
     "cpo_loss",
+    "denoising_loss",
     "dft_loss",
     "diffusion_dpo_loss",
     "diffusion_dro_loss",
@@ -136,6 +140,7 @@ __all__ = [
     "listnet_loss",
     "listwise_cross_entropy",
     "logistic_loss",
+    "matched_outcomes_loss",
     "mean_kl",
     "nca_loss",
     "nll_loss",
@@ -155,6 +160,7 @@ __all__ = [
     "sppo_loss",
     "step_advantages",
     "thresholded_loss",
+    "turn_advantages",
     "value_loss",
     "whitened_advantages",
     "xpo_loss",

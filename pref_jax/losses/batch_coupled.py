@@ -252,8 +252,8 @@ def solve_partition(
       where: bool, broadcastable to `logps`. False: not counted.
 
     Returns:
-      f32[], without gradient; 0 if nothing is counted, and for `TOTAL_VARIATION`, whose
-      loss does not depend on it.
+      f32[], without gradient; 0 where 0 solves it: for `TOTAL_VARIATION`, whose loss
+      does not depend on it, for a policy that is the anchor, and if nothing is counted.
 
     Raises:
       ValueError, TypeError: as `fsft_loss`; or this is a part of a batch only.
@@ -269,18 +269,20 @@ def solve_partition(
     rewards = implicit_reward(logps, anchor_logps=anchor_logps, beta=beta)
     rewards, counted = _read_statistic("solve_partition", "logps", rewards, where)
 
+    def mean_slope(c):
+        return _mean(divergence(rewards + c)[1], counted)
+
     def halve(_, bracket):
         low, high = bracket
         middle = (low + high) / 2
-        too_low = _mean(divergence(rewards + middle)[1], counted) > 1
+        too_low = mean_slope(middle) > 1
         return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 
     most = jnp.where(counted, rewards, -jnp.inf).max()
     least = jnp.where(counted, rewards, jnp.inf).min()
     low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (-most, -least))
-    if divergence.lowest == -jnp.inf:
-        return jnp.zeros((), rewards.dtype)
-    return jnp.where(counted.any(), (low + high) / 2, 0.0)
+    solved = (mean_slope(0.0) == 1) | ~counted.any()
+    return jnp.where(solved, 0.0, (low + high) / 2)
 
 
 def whitened_advantages(advantages, *, where=None):

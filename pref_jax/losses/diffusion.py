@@ -1,8 +1,7 @@
 """Losses of diffusion models: compositions of denoising errors and losses of pairs.
 
 `errors` are mean squared errors of the noise (`rewards.denoising_error`), of the
-trained model; `anchor_errors` those of the frozen one on the same noised images. Plain
-fine-tuning is the error itself.
+trained model; `anchor_errors` those of the frozen one on the same noised images.
 
     g = anchor_errors - errors: by how much the trained model is better than the anchor
 """
@@ -13,12 +12,53 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
-from pref_jax.losses.entries import fill, pair_metrics, read_pair, results
+from pref_jax.losses.entries import (
+    LISTWISE,
+    fill,
+    inclusion,
+    pair_metrics,
+    read_pair,
+    results,
+)
 from pref_jax.losses.pairwise import logistic_loss, thresholded_loss
 from pref_jax.losses.unpaired import kto_loss
 from pref_jax.numerics import at_least_float32
 from pref_jax.rewards import denoising_error, denoising_reward
 from pref_jax.types import CHOSEN, REJECTED
+
+
+def denoising_loss(errors, *, where=None):
+    """Fine-tuning on images: the denoising error itself.
+
+        loss = errors
+
+    Source: DDPM, arXiv:2006.11239, equation 14.
+    Checked: one source, the definition.
+
+    Args:
+      errors: f32[...]. One entry an image.
+      where: bool, broadcastable to `errors`. False: loss 0, gradient 0.
+
+    Returns:
+      loss, f32[...], not reduced; metrics: none.
+
+    Raises:
+      ValueError: `where` does not fit.
+      TypeError: `errors` is not floating-point or `where` is not boolean.
+
+    >>> loss, _ = denoising_loss(jnp.array([0.5, 9.0]), where=jnp.array([True, False]))
+    >>> loss.tolist()
+    [0.5, 0.0]
+    """
+    checks.check_floating("errors", errors)
+    errors = at_least_float32(errors)
+    where = inclusion(where, shape=errors.shape, of="errors")
+    return results(fill(errors, where), {}, where)
+
+
+def _pair_reward(errors, anchor_errors, beta):
+    checks.check_pair("errors", errors, use_instead=LISTWISE)
+    return _reward(errors, anchor_errors, beta)
 
 
 def _reward(errors, anchor_errors, beta):
@@ -58,7 +98,7 @@ def diffusion_dpo_loss(errors, *, anchor_errors, beta: float, where=None):
     >>> round(float(loss), 4)
     0.3133
     """
-    rewards = _reward(errors, anchor_errors, beta)
+    rewards = _pair_reward(errors, anchor_errors, beta)
     return logistic_loss(rewards / 2, where=where)
 
 
@@ -155,7 +195,7 @@ def diffusion_dro_loss(errors, *, anchor_errors, threshold: float, where=None):
     >>> float(loss)
     -0.125
     """
-    rewards = _reward(errors, anchor_errors, beta=1.0)
+    rewards = _pair_reward(errors, anchor_errors, beta=1.0)
     loss, metrics = thresholded_loss(rewards, threshold=threshold, where=where)
     active = (-metrics["rewards/margin"] > threshold).astype(loss.dtype)
     _, where = read_pair("errors", errors, where)
@@ -207,7 +247,7 @@ def dspo_loss(
     >>> float(loss)
     1.0
     """
-    rewards = _reward(errors, anchor_errors, beta) / 2
+    rewards = _pair_reward(errors, anchor_errors, beta) / 2
     rewards, where = read_pair("errors", rewards, where)
     margin = rewards[..., CHOSEN] - rewards[..., REJECTED]
     for name, array in (

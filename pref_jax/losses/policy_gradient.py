@@ -10,10 +10,16 @@ turns or of whole responses. How entries are averaged is `Method.weight`.
     REINFORCE++  of tokens               `centered_`, `whitened_advantages`  1
     GSPO         `sequence_log_ratios`   `group_advantages`                  1
     GiGPO        of tokens               episode's + `cluster_advantages`    1
-    OPRL         of tokens or turns      episode's + `step_advantages`       1
+    OPRL         of tokens or turns      `turn_advantages`                   1
+    PRIME        of tokens               `leave_one_out_advantages`          1
     PPO          of tokens               `gae`                               1
 
+The rule of OPRL is any of these, once on outcomes and once on the rewards of turns,
+which are one group: [..., N, S] as [..., N * S]. PRIME adds the rewards of tokens
+(`rewards.token_reward`) to the outcome first.
+
 Advantages never carry a gradient. `where` is bool of the same shape as what it masks.
+`logps.spread_steps` gives the advantage of a turn to its tokens.
 """
 
 from __future__ import annotations
@@ -152,10 +158,13 @@ def leave_one_out_advantages(rewards, *, where=None):
     return centred * number / jnp.maximum(number - 1, 1)
 
 
-def step_advantages(step_rewards, *, where=None, epsilon: float = 1e-6):
+def step_advantages(
+    step_rewards, *, where=None, epsilon: float = 1e-6, floor: float = 0.0
+):
     """The reward of a turn, standardised over all turns of all episodes of a group.
 
         A[i, t] = (r[i, t] - mean of r) / (deviation of r + epsilon)
+        0 in a group with all |r| < floor
 
     Source: OPRL, arXiv:2509.19199v1, equation 4.
     Convention: the released code takes one turn of each episode into the mean and
@@ -165,15 +174,16 @@ def step_advantages(step_rewards, *, where=None, epsilon: float = 1e-6):
     Args:
       step_rewards: f32[..., N, S], of up to S turns of N episodes of one task.
       where: bool, broadcastable to `step_rewards`. False: there is no such turn.
-      epsilon: unit of the rewards, positive. With rewards near rounding, standardising
-        makes noise as large as anything: leave steps out until they say something.
+      epsilon: unit of the rewards, positive.
+      floor: unit of the rewards, 0 or more. A reward model that is still the policy has
+        rewards near rounding, and standardised noise is as large as anything.
 
     Returns:
       f32[..., N, S], without gradient; 0 for equal rewards and where no turn is.
 
     Raises:
-      ValueError: `where` does not fit, there is one axis only, or `epsilon` is not
-        positive.
+      ValueError: `where` does not fit, there is one axis only, `epsilon` is not
+        positive or `floor` is negative.
       TypeError: `step_rewards` is not floating-point or `where` is not boolean.
 
     >>> rewards = jnp.array([[1.0, 0.0], [-1.0, 7.0]])
@@ -182,8 +192,50 @@ def step_advantages(step_rewards, *, where=None, epsilon: float = 1e-6):
     [[1.0, 0.0], [-1.0, 0.0]]
     """
     checks.check_positive("epsilon", epsilon)
+    checks.check_not_negative("floor", floor)
     rewards, there = _read_group("step_rewards", step_rewards, where, axes=2)
-    return _standardise(rewards, there, (-2, -1), epsilon)
+    says_nothing = jnp.abs(rewards).max((-2, -1), keepdims=True) < floor
+    advantages = _standardise(rewards, there, (-2, -1), epsilon)
+    return jnp.where(says_nothing, 0.0, advantages)
+
+
+def turn_advantages(episode_advantages, *, step_advantages, alpha: float, where=None):
+    """The advantage of an episode, and of what each of its turns did for it.
+
+        A[i, t] = A_episode[i] + alpha A_step[i, t]
+
+    Source: OPRL, arXiv:2509.19199v1, equation 5, where alpha is 1.
+    Reduces to: the advantages of episodes alone at an alpha of 0, bit for bit.
+    Checked: one source, the paper's equation.
+
+    Args:
+      episode_advantages: f32[..., N].
+      step_advantages: f32[..., N, S].
+      alpha: 0 or more.
+      where: bool, broadcastable to `step_advantages`. False: there is no such turn.
+
+    Returns:
+      f32[..., N, S], without gradient; 0 where no turn is.
+
+    Raises:
+      ValueError: a shape does not fit, or `alpha` is negative.
+      TypeError: an array is not floating-point or `where` is not boolean.
+
+    >>> steps = jnp.array([[1.0, -1.0]])
+    >>> turn_advantages(jnp.array([0.5]), step_advantages=steps, alpha=1.0).tolist()
+    [[1.5, -0.5]]
+    """
+    checks.check_not_negative("alpha", alpha)
+    steps, there = _read_group("step_advantages", step_advantages, where, axes=2)
+    checks.check_floating("episode_advantages", episode_advantages)
+    checks.check_same_shape(
+        "episode_advantages",
+        episode_advantages,
+        like=steps[..., 0],
+        of="step_advantages[..., 0]",
+    )
+    episodes = jax.lax.stop_gradient(at_least_float32(episode_advantages))[..., None]
+    return jnp.where(there, episodes + alpha * steps if alpha else episodes, 0.0)
 
 
 def cluster_advantages(returns, *, cluster_ids, where=None):
@@ -531,9 +583,9 @@ def score_coefficients(scores, *, loss_fn):
         coefficients = d sum(loss_fn(scores)) / d scores
 
     An episode whose turns are separate groups does not fit one batch. Score all turns
-    without gradient, add them up to episode scores, and take this derivative; then
-    train each turn on `coefficient_loss` with its episode's coefficient: by the chain
-    the gradient is that of the loss itself, exactly.
+    without gradient, add them up to episode scores (`logps.episode_sum`), and take this
+    derivative; then train each turn on `coefficient_loss` with its episode's
+    coefficient: by the chain the gradient is that of the loss itself, exactly.
 
     Source: the chain rule.
     Checked: against the gradient of `outcome_pairs_loss` in one pass.
@@ -566,8 +618,9 @@ def coefficient_loss(logps, *, coefficients, where=None):
 
         loss = coefficients logps
 
-    Its value means nothing. Also the plain policy gradient, with minus the advantage as
-    coefficient.
+    Its value means nothing. A train step divides by its weights: multiply the
+    coefficients by their sum. Also the plain policy gradient, with minus the advantage
+    as coefficient.
 
     Source: the chain rule; as a policy gradient: REINFORCE, Williams, 1992.
     Checked: with `score_coefficients`, against the gradient in one pass.

@@ -138,6 +138,49 @@ def outcome_pairs_loss(scores, *, success, where=None):
     >>> round(float(loss), 4), float(metrics["pairs/count"])
     (0.6931, 2.0)
     """
+    scores, succeeded, failed = _read_outcomes(scores, success, where)
+    return _mean_of_pairs(scores, succeeded[..., :, None] & failed[..., None, :])
+
+
+def matched_outcomes_loss(scores, *, success, where=None):
+    """The first episode that succeeded against the first that failed, and so on.
+
+        loss = mean over n of -log s(scores[i_n] - scores[j_n])
+
+    with i_n the n-th episode of a group that succeeded and j_n the n-th that failed, as
+    long as there are both. No episode counts twice.
+
+    Source: OPRL, arXiv:2509.19199v1, equation 2, with the one-to-one pairs that a
+    comment of the released code speaks of; how the paper pairs is not verified.
+    Convention: as `outcome_pairs_loss`.
+    Reduces to: `logistic_loss` for one success and one failure.
+    Checked: one source, the paper's equation.
+
+    Args:
+      scores: as in `outcome_pairs_loss`; which episodes meet depends on their order.
+      success: as in `outcome_pairs_loss`.
+      where: as in `outcome_pairs_loss`.
+
+    Returns:
+      As `outcome_pairs_loss`.
+
+    Raises:
+      ValueError, TypeError: as `outcome_pairs_loss`.
+
+    >>> loss, metrics = matched_outcomes_loss(
+    ...     jnp.zeros(3), success=jnp.array([True, False, False])
+    ... )
+    >>> float(metrics["pairs/count"])
+    1.0
+    """
+    scores, succeeded, failed = _read_outcomes(scores, success, where)
+    same_place = succeeded.cumsum(-1)[..., :, None] == failed.cumsum(-1)[..., None, :]
+    pair = succeeded[..., :, None] & failed[..., None, :] & same_place
+    return _mean_of_pairs(scores, pair)
+
+
+def _read_outcomes(scores, success, where):
+    """f32[..., N] with 0 for what is not there, and who succeeded and who failed."""
     checks.check_floating("scores", scores)
     checks.check_bool("success", success)
     scores = at_least_float32(scores)
@@ -147,8 +190,11 @@ def outcome_pairs_loss(scores, *, success, where=None):
     success = jnp.broadcast_to(success, scores.shape)
     where = inclusion(where, shape=scores.shape, of="scores")
     there = jnp.ones(scores.shape, bool) if where is None else where
-    scores = fill(scores, there)
-    pair = (success & there)[..., :, None] & (~success & there)[..., None, :]
+    return fill(scores, there), success & there, ~success & there
+
+
+def _mean_of_pairs(scores, pair):
+    """Bradley-Terry over the pairs (i, j) of bool[..., N, N], and the metrics."""
     margin = scores[..., :, None] - scores[..., None, :]
     number = pair.sum((-2, -1)).astype(scores.dtype)
 
