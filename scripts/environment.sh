@@ -62,7 +62,7 @@ then run the same command again. If it lies outside the PATH, name it:
 }
 
 # megabytes EXTRA...: prints what pref_jax and these extras take on a disk, measured on
-# Linux. Parity takes 1000 with the CPU build of torch.
+# Linux. Parity takes 1100 with the CPU build of torch.
 megabytes() {
   local extra total=1400
   for extra in "$@"; do

@@ -205,6 +205,9 @@ def cases(seed: int) -> dict[str, Case]:
         "outcome_pairs_loss": on_lists(
             losses.outcome_pairs_loss, success=relevance > 0
         ),
+        "matched_outcomes_loss": on_lists(
+            losses.matched_outcomes_loss, success=relevance > 0
+        ),
         "clipped_surrogate_loss": on_pairs(
             losses.clipped_surrogate_loss,
             advantages=lengths - 30.0,
@@ -216,6 +219,7 @@ def cases(seed: int) -> dict[str, Case]:
             losses.value_loss, returns=0.1 * lengths, old_values=0.0, clip=0.2
         ),
         "coefficient_loss": on_logps(losses.coefficient_loss, coefficients=rewards),
+        "denoising_loss": Case(-0.01 * logps, losses.denoising_loss),
         "diffusion_dpo_loss": on_errors(losses.diffusion_dpo_loss, beta=5000.0),
         "diffusion_dro_loss": on_errors(losses.diffusion_dro_loss, threshold=-0.001),
         "diffusion_kto_loss": on_errors(

@@ -2,7 +2,7 @@
 # The tests, in the .venv that quickstart.sh makes and uses too: CPU, no network.
 #
 #   bash scripts/test.sh                      the default suite
-#   bash scripts/test.sh --all                also the slow tests and those against torch
+#   bash scripts/test.sh --all                also the slow tests and those against TRL, rlax ...
 #   bash scripts/test.sh tests/data -k rows   what else pytest takes; paths from the root
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh

@@ -179,34 +179,38 @@ def binary_outcome_loss(rewards, *, labels) -> float:
     return -y * log_sigmoid(r) - (1.0 - y) * log_sigmoid(-r)
 
 
-def _outcome_pairs(scores, success, where) -> list[list[float]]:
+def _outcome_pairs(scores, success, where, matched) -> list[list[float]]:
     """[S(tau+), S(tau-)] of each pair of a success and a failure of one group."""
     kept = _keep(where, len(scores))
-    return [
-        [float(scores[i]), float(scores[j])]
-        for i in kept
-        for j in kept
-        if success[i] and not success[j]
-    ]
+    best = [float(scores[i]) for i in kept if success[i]]
+    worst = [float(scores[j]) for j in kept if not success[j]]
+    if matched:
+        return [[best[n], worst[n]] for n in range(min(len(best), len(worst)))]
+    return [[x, y] for x in best for y in worst]
 
 
-def outcome_pairs_loss(scores, *, success, where=None) -> float:
+def outcome_pairs_loss(scores, *, success, where=None, matched=False) -> float:
     """Mean of -log s(S(tau+) - S(tau-)) over all pairs of a group, 0 without a pair.
 
     arXiv:2509.19199, equation 2.
     """
-    pairs = _outcome_pairs(scores, success, where)
+    pairs = _outcome_pairs(scores, success, where, matched)
     return sum(logistic_loss(p) for p in pairs) / max(len(pairs), 1)
 
 
-def outcome_pairs_count(*, success, where=None) -> float:
-    """Successes times failures."""
-    return float(len(_outcome_pairs([0.0] * len(success), success, where)))
+def matched_outcomes_loss(scores, *, success, where=None) -> float:
+    """The same over pairs of the n-th success and the n-th failure."""
+    return outcome_pairs_loss(scores, success=success, where=where, matched=True)
 
 
-def outcome_pairs_accuracy(scores, *, success, where=None) -> float:
+def outcome_pairs_count(*, success, where=None, matched=False) -> float:
+    """Successes times failures, or the fewer of them."""
+    return float(len(_outcome_pairs([0.0] * len(success), success, where, matched)))
+
+
+def outcome_pairs_accuracy(scores, *, success, where=None, matched=False) -> float:
     """Share of pairs with the success above, ties 1/2; 0 without a pair."""
-    pairs = _outcome_pairs(scores, success, where)
+    pairs = _outcome_pairs(scores, success, where, matched)
     return sum(pair_accuracy(p) for p in pairs) / len(pairs) if pairs else 0.0
 
 

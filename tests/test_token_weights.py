@@ -156,6 +156,44 @@ def test_what_is_not_counted_in_a_step_reaches_no_gradient(name):
     np.testing.assert_allclose(gradient, [[one, 1, one, 0], [0, one, 0, one]])
 
 
+def test_tokens_get_the_value_of_their_step_and_others_zero():
+    ids = jnp.array([[1, 0, 3, 3], [0, 2, 2, 5]])
+    values = jnp.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    got = logps.spread_steps(values, step_ids=ids)
+    assert got.tolist() == [[1.0, 0.0, 4.0, 4.0], [0.0, 16.0, 16.0, 0.0]]
+    where = ids != 3
+    got = logps.spread_steps(values.at[0, 2].set(jnp.nan), step_ids=ids, where=where)
+    assert got.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 16.0, 16.0, 0.0]]
+
+
+def test_the_mean_of_what_was_spread_is_what_there_was():
+    rng = np.random.default_rng(3)
+    ids = np.concatenate([rng.permutation([1, 2, 3]), rng.integers(0, 4, 4)])
+    values = rng.normal(size=(2, 3)).astype(np.float32)
+    ids = np.broadcast_to(ids, (2, 7))
+    spread = logps.spread_steps(values, step_ids=ids)
+    got = logps.step_mean(spread, step_ids=ids, num_steps=3)
+    np.testing.assert_allclose(got, values, rtol=1e-6)
+    weight = rng.normal(size=(2, 7)).astype(np.float32)
+    slope = jax.grad(lambda x: (weight * logps.spread_steps(x, step_ids=ids)).sum())
+    expected = logps.step_sum(weight, step_ids=ids, num_steps=3)
+    np.testing.assert_allclose(slope(values), expected, rtol=1e-6)
+
+
+def test_the_turns_of_an_episode_add_up_wherever_they_stand():
+    values = jnp.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    ids = jnp.array([2, 0, 2, -1, 4, 0])
+    got = logps.episode_sum(values, episode_ids=ids, num_episodes=4)
+    assert got.tolist() == [34.0, 0.0, 5.0, 0.0]  # -1 and 4 are no episodes
+    where = jnp.array([True, True, False, True, True, True])
+    spoiled = values.at[2].set(jnp.nan)
+    options = {"episode_ids": ids, "num_episodes": 4, "where": where}
+    got = logps.episode_sum(spoiled, **options)
+    assert got.tolist() == [34.0, 0.0, 1.0, 0.0]
+    slope = jax.grad(lambda x: logps.episode_sum(x, **options).sum())(spoiled)
+    assert slope.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
 # --- weights --------------------------------------------------------------------------
 
 
@@ -286,6 +324,57 @@ ZEROS, ALL = np.zeros((2, 3), np.float32), np.ones((2, 3), bool)
             ),
             ValueError,
             r"`where` needs a shape that broadcasts to \(2, 3\), that of `token_val",
+        ),
+        (
+            lambda: logps.spread_steps(ZEROS, step_ids=np.ones(3, int)),
+            ValueError,
+            r"need the same leading axes; got f32\[2, 3\] and i\d+\[3\]",
+        ),
+        (
+            lambda: logps.spread_steps(np.float32(0), step_ids=np.int32(1)),
+            ValueError,
+            r"need the same leading axes; got f32\[\] and i32\[\]",
+        ),
+        (
+            lambda: logps.spread_steps(
+                ZEROS, step_ids=np.ones((2, 4), int), where=np.ones((2, 4))
+            ),
+            TypeError,
+            "`where` is inclusion and needs booleans",
+        ),
+        (
+            lambda: logps.episode_sum(ZEROS, episode_ids=ZEROS, num_episodes=1),
+            ValueError,
+            r"`values` needs one axis; got f32\[2, 3\]",
+        ),
+        (
+            lambda: logps.episode_sum(
+                ZEROS[0], episode_ids=np.ones(2, int), num_episodes=1
+            ),
+            ValueError,
+            "`episode_ids` needs the shape of `values`",
+        ),
+        (
+            lambda: logps.episode_sum(ZEROS[0], episode_ids=ZEROS[0], num_episodes=1),
+            TypeError,
+            r"`episode_ids` needs integers; got f32\[3\]",
+        ),
+        (
+            lambda: logps.episode_sum(
+                ZEROS[0],
+                episode_ids=np.ones(3, int),
+                num_episodes=1,
+                where=np.ones(3),
+            ),
+            TypeError,
+            "`where` is inclusion and needs booleans",
+        ),
+        (
+            lambda: logps.episode_sum(
+                ZEROS[0], episode_ids=np.ones(3, int), num_episodes=1, where=ALL
+            ),
+            ValueError,
+            r"`where` needs a shape that broadcasts to \(3,\), that of `values`",
         ),
         (
             lambda: logps.length_desensitized_weights(np.ones((2, 3)), alpha=0.5),

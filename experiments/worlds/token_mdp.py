@@ -65,6 +65,8 @@ from rich.table import Table
 
 from pref_jax import checks
 from pref_jax.losses.pairwise import dpo_loss
+from pref_jax.losses.reward_models import outcome_pairs_loss
+from pref_jax.rewards import implicit_reward, step_rewards
 
 END = 0
 """The token that ends a response."""
@@ -405,18 +407,106 @@ def train_dpo(mdp: TokenMDP, *, beta: float, weights, start) -> Fit:
     True
     """
 
-    def pairs(logps):
-        both = jnp.broadcast_arrays(logps[:, :, None], logps[:, None, :])
-        return jnp.stack(both, axis=-1)
-
     def loss(logits):
         logps = response_sum(mdp, jax.nn.log_softmax(logits))
         anchor_logps = jnp.asarray(response_sum(mdp, mdp.anchor_logps))
-        losses, _ = dpo_loss(pairs(logps), anchor_logps=pairs(anchor_logps), beta=beta)
+        losses, _ = dpo_loss(
+            _pairs(logps), anchor_logps=_pairs(anchor_logps), beta=beta
+        )
         checks.check_same_shape("weights", weights, like=losses, of="the pairs")
         return jnp.sum(weights * losses) / np.sum(weights)
 
     return _minimise(mdp, loss, start)
+
+
+def process_rewards(mdp: TokenMDP, logps, *, beta: float, turn_length: int):
+    """What a process reward model says of each turn of each response.
+
+        r(s, turn) = beta sum over its tokens of log(pi(a|s) / pi_ref(a|s))
+
+    The reference is the policy that acted. For pi* the sum telescopes to the soft
+    advantage of the turn: Q*(s, turn) - V*(s), Q* being the rewards of the turn and V*
+    of the state after it.
+
+    Source: OPRL, arXiv:2509.19199v1, equation 1.
+
+    Args:
+      mdp: the tree and the reference.
+      logps: f64[P, S, V], nats: of the process reward model.
+      beta: reward per nat, positive.
+      turn_length: tokens of a turn; the last turn of a response may be shorter.
+
+    Returns:
+      f64[P, N, T], T the turns of the longest response; 0 for a turn that is not there.
+
+    Raises:
+      ValueError: `beta` is not positive, or a shape does not fit.
+
+    >>> mdp = make_mdp(0, num_prompts=1, num_tokens=3, max_length=2)
+    >>> process_rewards(mdp, mdp.anchor_logps, beta=0.5, turn_length=1).shape
+    (1, 7, 2)
+    """
+    token_rewards = implicit_reward(logps, anchor_logps=mdp.anchor_logps, beta=beta)
+    steps = np.arange(mdp.tokens.shape[1]) // turn_length + 1
+    return step_rewards(
+        token_rewards[:, mdp.states, mdp.tokens],
+        step_ids=steps,
+        num_steps=int(steps[-1]),
+        where=mdp.tokens >= 0,
+    )
+
+
+def train_process_reward(
+    mdp: TokenMDP, *, beta: float, turn_length: int, weights, start
+) -> Fit:
+    """Fits a process reward model to outcomes of whole responses, as OPRL does.
+
+        loss = sum_{i,j} w_ij outcome_pairs_loss(scores of y_i, y_j) / sum_{i,j} w_ij
+
+    with y_i the one that succeeded, and the sum of `process_rewards` as score.
+
+    Source: OPRL, arXiv:2509.19199v1, equation 2.
+
+    Args:
+      mdp: the tree, and the policy that acted as its reference; the rewards are not
+        read.
+      beta: reward per nat, positive.
+      turn_length: as in `process_rewards`.
+      weights: f64[P, N, N], how often y_i succeeds where y_j fails.
+      start: f64[P, S, V], the first logits.
+
+    Returns:
+      The fit.
+
+    Raises:
+      ValueError: `beta` is not positive, or a shape does not fit.
+
+    >>> mdp = make_mdp(0, num_prompts=1, num_tokens=3, max_length=1)
+    >>> pairs = preference_probabilities(mdp)
+    >>> fit = train_process_reward(
+    ...     mdp, beta=0.5, turn_length=1, weights=pairs, start=mdp.anchor_logps
+    ... )
+    >>> best = np.exp(solve(mdp, beta=0.5).logps)
+    >>> bool(np.allclose(jax.nn.softmax(fit.logits), best, atol=1e-5))
+    True
+    """
+    success = np.array([True, False])
+
+    def loss(logits):
+        of_turns = process_rewards(
+            mdp, jax.nn.log_softmax(logits), beta=beta, turn_length=turn_length
+        )
+        losses, _ = outcome_pairs_loss(_pairs(of_turns.sum(-1)), success=success)
+        checks.check_same_shape("weights", weights, like=losses, of="the pairs")
+        return jnp.sum(weights * losses) / np.sum(weights)
+
+    return _minimise(mdp, loss, start)
+
+
+def _pairs(values):
+    """[P, N] -> [P, N, N, 2], the value of the first index in slot 0."""
+    both = jnp.broadcast_arrays(values[:, :, None], values[:, None, :])
+    return jnp.stack(both, axis=-1)
 
 
 def train_sft(mdp: TokenMDP, *, weights, start) -> Fit:

@@ -76,13 +76,17 @@ def of_labels(x):
     }
 
 
-def of_outcomes(x, kept):
-    options = {"success": x["success"], "where": np.broadcast_to(kept, 4)}
-    accuracy = more_loss_oracles.outcome_pairs_accuracy(x["scores"], **options)
-    return {
-        "pairs/count": more_loss_oracles.outcome_pairs_count(**options),
-        "rewards/accuracy": accuracy,
-    }
+def of_outcomes(*, matched):
+    def metrics(x, kept):
+        options = {"success": x["success"], "where": np.broadcast_to(kept, 4)}
+        options["matched"] = matched
+        accuracy = more_loss_oracles.outcome_pairs_accuracy(x["scores"], **options)
+        return {
+            "pairs/count": more_loss_oracles.outcome_pairs_count(**options),
+            "rewards/accuracy": accuracy,
+        }
+
+    return metrics
 
 
 def of_ratio(x):
@@ -182,10 +186,16 @@ CASES = [
         {"rewards": RESPONSE_REWARDS, "labels": STATISTIC},
         of_labels,
     ),
-    of_items(
-        "outcome_pairs_loss",
-        {"scores": REWARDS, "success": Input(some_succeed)},
-        of_outcomes,
+    *(
+        of_items(
+            name,
+            {"scores": REWARDS, "success": Input(some_succeed)},
+            of_outcomes(matched=matched),
+        )
+        for name, matched in (
+            ("outcome_pairs_loss", False),
+            ("matched_outcomes_loss", True),
+        )
     ),
     entry("clipped_surrogate_loss", SURROGATE, of_ratio, clip_low=0.2, clip_high=0.3),
     entry(
@@ -211,6 +221,7 @@ CASES = [
         {"logps": ENTRY_LOGPS, "coefficients": RESPONSE_REWARDS},
         lambda x: {},
     ),
+    entry("denoising_loss", {"errors": RESPONSE_ERRORS["errors"]}, lambda x: {}),
     pair("diffusion_dpo_loss", ERRORS, HALVED, beta=3.0),
     entry(
         "diffusion_kto_loss",

@@ -1,6 +1,7 @@
 """What looks across the batch: statistics, sorting, and no part of a batch."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,27 @@ def test_a_partition_moves_against_the_rewards_has_no_gradient_and_drops_nan():
     assert not jax.grad(solve)(jnp.asarray(logps, jnp.float32)).any()
     assert solve(logps, where=np.zeros((4, 3), bool)) == 0.0
     assert np.isnan(solve(np.full((4, 3), np.nan)))
+
+
+def test_a_divergence_of_ones_own_without_an_end_is_solved_too():
+    """h(v) = 1 - exp(-v), not continued: mean of exp(-v - c) = 1 by hand."""
+    own = losses.Divergence(
+        "own", lambda v: -jnp.expm1(-v), lambda v: jnp.exp(-v), -math.inf
+    )
+    logps, anchor_logps = jnp.array([-1.0, -2.0]), jnp.array([-3.0, -1.0])
+    options = {"anchor_logps": anchor_logps, "beta": 0.5, "divergence": own}
+    expected = math.log((math.exp(-1.0) + math.exp(0.5)) / 2)
+    got = losses.solve_partition(logps, **options)
+    assert float(got) == pytest.approx(expected, rel=1e-5)
+
+
+@every_divergence
+def test_a_policy_that_is_the_anchor_has_no_partition(divergence):
+    logps = jnp.array([-1.0, -2.0, -0.3])
+    got = losses.solve_partition(
+        logps, anchor_logps=logps, beta=0.5, divergence=divergence
+    )
+    assert got == 0.0
 
 
 # --- advantages -----------------------------------------------------------------------

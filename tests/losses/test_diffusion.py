@@ -1,5 +1,7 @@
 """Losses of diffusion models: errors of pictures, and what they reduce to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,6 +210,144 @@ def test_above_all_values_of_the_loss_nothing_moves():
     assert not any(x.any() for x in of_dro)
 
 
+# --- Diffusion-DRO on a denoiser that samples -----------------------------------------
+
+SIGNAL = np.cos(np.linspace(0.1, 1.5, 5)).astype(np.float32)  # sqrt of abar by time
+
+
+def denoise(params, image, time):
+    """A small denoiser: the noise in images f32[N, 2, 2, 1] at times i32[N]."""
+    flat = image.reshape(len(image), -1)
+    known = jnp.concatenate([flat, jax.nn.one_hot(time, len(SIGNAL))], -1)
+    return (jnp.tanh(known @ params["in"]) @ params["out"]).reshape(image.shape)
+
+
+def make_denoiser(seed):
+    rng = np.random.default_rng(seed)
+    sizes = {"in": (9, 8), "out": (8, 4)}
+    return {
+        name: jnp.asarray(rng.normal(0, 0.5, size), jnp.float32)
+        for name, size in sizes.items()
+    }
+
+
+def rollout(params, noise, time):
+    """DDIM from noise down to `time`: the state there and the noise predicted there."""
+
+    def step(image, t):
+        now = jnp.full(len(image), t)
+        signal, error = SIGNAL[t], denoise(params, image, now)
+        clean = (image - jnp.sqrt(1 - signal**2) * error) / signal
+        following = SIGNAL[t - 1]
+        moved = following * clean + jnp.sqrt(1 - following**2) * error
+        return jnp.where(now[:, None, None, None] > time, moved, image)
+
+    for t in range(len(SIGNAL) - 1, 0, -1):
+        noise = step(noise, t)
+    at = jnp.full(len(noise), time)
+    return jax.lax.stop_gradient((noise, denoise(params, noise, at)))
+
+
+def draw(seed):
+    """(noised experts, the noise in them, noise to sample from, time)."""
+    rng = np.random.default_rng(seed)
+    shape, time = (16, 2, 2, 1), int(rng.integers(1, len(SIGNAL)))
+    added, drawn = rng.normal(size=(2, *shape)).astype(np.float32)
+    expert = np.tanh(rng.normal(1, 0.3, shape)).astype(np.float32)
+    noised = SIGNAL[time] * expert + np.sqrt(1 - SIGNAL[time] ** 2) * added
+    return noised, added, drawn, time
+
+
+def dro_of_denoiser(params, sampler, anchor, *, seed, threshold):
+    """Loss of 16 experts and 16 fresh rollouts of `sampler`, as it was released."""
+    noised, added, drawn, time = draw(seed)
+    state, predicted = rollout(sampler, drawn, time)
+    at = jnp.full(16, time)
+
+    def errors(params):
+        return jnp.stack(
+            [
+                denoising_error(denoise(params, image, at), target=target)
+                for image, target in ((noised, added), (state, predicted))
+            ],
+            axis=-1,
+        )
+
+    loss, metrics = losses.diffusion_dro_loss(
+        errors(params), anchor_errors=errors(anchor), threshold=threshold
+    )
+    tuning, _ = losses.denoising_loss(errors(params)[:, 0])
+    return {"dro": loss.mean(), "tuning": tuning.mean()}, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "threshold", "seed"))
+def dro_gradient(params, sampler, anchor, *, objective, threshold, seed):
+    def total(params):
+        found, metrics = dro_of_denoiser(
+            params, sampler, anchor, seed=seed, threshold=threshold
+        )
+        return found[objective], metrics
+
+    return jax.grad(total, has_aux=True)(params)
+
+
+def trained_denoiser(objective, *, threshold, every):
+    """Eight steps of descent; the sampler is renewed at every `every`-th, M."""
+    params = anchor = sampler = make_denoiser(0)
+    for step in range(8):
+        sampler = params if step % every == 0 else sampler
+        gradient, _ = dro_gradient(
+            params,
+            sampler,
+            anchor,
+            objective=objective,
+            threshold=threshold,
+            seed=step % 3,
+        )
+        params = jax.tree.map(lambda x, g: x - 0.5 * g, params, gradient)
+    return params
+
+
+def far_apart(a, b):
+    return max(float(jnp.abs(a[k] - b[k]).max()) for k in a)
+
+
+def test_on_fresh_rollouts_a_denoiser_has_the_gradient_of_its_experts_alone():
+    """M = 1. A sampler that lags gives the negatives a gradient, the anchor never."""
+    params, anchor = make_denoiser(1), make_denoiser(0)
+    options = {"threshold": -1e3, "seed": 0}
+    found, _ = dro_gradient(params, params, anchor, objective="dro", **options)
+    expected, _ = dro_gradient(params, params, anchor, objective="tuning", **options)
+    assert far_apart(found, expected) < 1e-6
+    assert max(float(jnp.abs(x).max()) for x in expected.values()) > 0.05
+    lagging, _ = dro_gradient(params, anchor, anchor, objective="dro", **options)
+    assert far_apart(lagging, expected) > 0.05
+
+
+def test_without_a_threshold_and_with_fresh_rollouts_training_is_fine_tuning():
+    tuned = trained_denoiser("tuning", threshold=-1e3, every=1)
+    found = trained_denoiser("dro", threshold=-1e3, every=1)
+    assert far_apart(found, tuned) < 1e-5
+    assert far_apart(make_denoiser(0), tuned) > 0.1
+    # Controls: a lagging sampler, and a threshold that closes the gate.
+    lagging = trained_denoiser("dro", threshold=-1e3, every=4)
+    assert far_apart(lagging, tuned) > 1e-3
+    gated = trained_denoiser("dro", threshold=-0.01, every=1)
+    assert far_apart(gated, tuned) > 1e-3
+
+
+def test_the_gate_of_fresh_rollouts_is_the_drift_from_the_anchor():
+    """The gain on the policy's own state is e(eps_phi, eps_ref) there, never below 0."""
+    params, anchor = make_denoiser(1), make_denoiser(0)
+    _, _, drawn, time = draw(0)
+    state, predicted = rollout(params, drawn, time)
+    of_anchor = denoise(anchor, state, jnp.full(16, time))
+    drift = np.square(predicted - of_anchor).mean((1, 2, 3))
+    _, metrics = dro_of_denoiser(params, params, anchor, seed=0, threshold=-1e3)
+    np.testing.assert_allclose(metrics["rewards/rejected"], drift, rtol=1e-4)
+    assert drift.min() > 1e-3
+
+
 # --- DSPO -----------------------------------------------------------------------------
 
 
@@ -306,7 +446,7 @@ def test_dspo_under_jit_and_vmap_is_the_same():
             TypeError,
             "`anchor_predictions` needs floating-point",
         ),
-        ({"errors": np.zeros((3, 3))}, ValueError, "`anchor_errors` needs the shape"),
+        ({"errors": np.zeros((4, 2))}, ValueError, "`anchor_errors` needs the shape"),
         (
             {"errors": np.zeros((3, 3)), "anchor_errors": np.zeros((3, 3))},
             ValueError,

@@ -189,6 +189,68 @@ def test_steps_are_standardised_over_all_episodes_of_a_group():
         losses.step_advantages(np.zeros(3, np.float32))
 
 
+def test_below_the_floor_steps_say_nothing():
+    noise = 1e-5 * rewards(6, (2, 3, 4))
+    given = np.stack([noise[0], rewards(7, (3, 4))])
+    found = losses.step_advantages(given, floor=1e-4)
+    assert not found[0].any()
+    np.testing.assert_array_equal(found[1], losses.step_advantages(given)[1])
+    assert np.abs(losses.step_advantages(given)[0]).max() > 0.5
+    where = np.ones((3, 4), bool)
+    where[1, 2] = False
+    spoiled = np.where(where, noise[0], 7.0)
+    assert not losses.step_advantages(spoiled, where=where, floor=1e-4).any()
+    at_the_floor = jnp.array([[-0.5, 0.25]])
+    assert losses.step_advantages(at_the_floor, floor=0.5).all()
+    with pytest.raises(ValueError, match="`floor` must be 0 or more"):
+        losses.step_advantages(given, floor=-1.0)
+
+
+def test_the_advantage_of_a_turn_is_its_episodes_and_alpha_times_its_own():
+    episodes, steps = jnp.array([1.0, -2.0]), jnp.array([[0.5, 4.0], [3.0, jnp.nan]])
+    where = jnp.array([[True, True], [True, False]])
+
+    def call(episodes, steps):
+        return losses.turn_advantages(
+            episodes, step_advantages=steps, alpha=0.5, where=where
+        )
+
+    assert call(episodes, steps).tolist() == [[1.25, 3.0], [-0.5, 0.0]]
+    slopes = jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1))(episodes, steps)
+    assert not any(slope.any() for slope in slopes)
+    narrow = call(episodes.astype(jnp.bfloat16), steps.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.float32
+    assert narrow.tolist() == [[1.25, 3.0], [-0.5, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"alpha": -1.0}, ValueError, "`alpha` must be 0 or more"),
+        ({"step_advantages": np.ones(3, np.float32)}, ValueError, "at least 2 axes"),
+        (
+            {"step_advantages": np.ones((3, 2), np.float32)},
+            ValueError,
+            "`episode_advantages` needs the shape of `step_advantages",
+        ),
+        (
+            {"step_advantages": np.ones((2, 2), int)},
+            TypeError,
+            "`step_advantages` needs floating-point",
+        ),
+        ({"where": np.ones((2, 2))}, TypeError, "`where` is inclusion and needs"),
+    ],
+)
+def test_wrong_advantages_of_turns_are_named(changes, error, message):
+    options = {"step_advantages": np.ones((2, 2), np.float32), "alpha": 1.0} | changes
+    with pytest.raises(error, match=message):
+        losses.turn_advantages(np.ones(2, np.float32), **options)
+    with pytest.raises(TypeError, match="`episode_advantages` needs floating-point"):
+        losses.turn_advantages(
+            np.ones(2, int), step_advantages=np.ones((2, 2), np.float32), alpha=1.0
+        )
+
+
 @pytest.mark.parametrize("name", ["group_advantages", "step_advantages"])
 @pytest.mark.parametrize("epsilon", [0.0, -1.0])
 def test_epsilon_is_positive(name, epsilon):
