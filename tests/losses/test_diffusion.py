@@ -337,7 +337,7 @@ def test_without_a_threshold_and_with_fresh_rollouts_training_is_fine_tuning():
 
 
 def test_the_gate_of_fresh_rollouts_is_the_drift_from_the_anchor():
-    """The gain on the policy's own state is e(eps_phi, eps_ref) there, never below 0."""
+    """The gain on the policy's own state: e(eps_phi, eps_ref), never below 0."""
     params, anchor = make_denoiser(1), make_denoiser(0)
     _, _, drawn, time = draw(0)
     state, predicted = rollout(params, drawn, time)
