@@ -115,6 +115,24 @@ def cases(seed: int) -> dict[str, Case]:
             mismatched=(*others, mask),
         )
 
+    def surrogate(log_ratios):
+        return losses.clipped_surrogate_loss(
+            log_ratios, advantages=advantages, dual_clip=3.0, **clip
+        )
+
+    def trl_surrogate(trl, tensor):
+        token_logps, mask = trl.as_tokens(tensor.flatten())
+        return trl.grpo(
+            token_logps,
+            mask,
+            behaviour_logps=trl.torch.zeros_like(token_logps),
+            advantages=tensor.new_tensor(np.array(advantages)).flatten(),
+            loss_type="bnpo",
+            delta=3.0,
+            **clip,
+        )
+
+    advantages, clip = 0.1 * (lengths - 30.0), {"clip_low": 0.2, "clip_high": 0.28}
     anchored = {"anchor_logps": anchor, "beta": 0.1}
     single = anchored | {"lengths": 1}  # TRL is given responses of one token
     both = {
@@ -154,6 +172,10 @@ def cases(seed: int) -> dict[str, Case]:
             dpo("sigmoid", "sft"),
         ),
         "nll_loss": (lambda x: losses.nll_loss(x[:, :1]), dpo("sft")),
+        "dft_loss": (
+            losses.dft_loss,
+            lambda trl, x: trl.sft(*trl.as_tokens(x.flatten()), loss_type="dft"),
+        ),
         # Of these two TRL's method computes the preference alone.
         "cpo_loss": (
             lambda x: losses.cpo_loss(x, beta=0.1, alpha=1.0),
@@ -190,7 +212,6 @@ def cases(seed: int) -> dict[str, Case]:
         "sdpo_loss": on_lists(losses.sdpo_loss),
         "lipo_lambda_loss": on_lists(losses.lipo_lambda_loss, labels=relevance),
         "listnet_loss": on_lists(losses.listnet_loss, labels=relevance),
-        "dft_loss": on_logps(losses.dft_loss),
         "fsft_loss": on_logps(
             losses.fsft_loss, divergence=losses.CHI_SQUARED, **anchored
         ),
@@ -200,7 +221,11 @@ def cases(seed: int) -> dict[str, Case]:
             partition=-0.5,
             **anchored,
         ),
-        "reward_model_loss": on_pairs(losses.reward_model_loss, centering=0.01),
+        "reward_model_loss": Case(
+            rewards,
+            lambda x: losses.reward_model_loss(x, centering=0.01),
+            lambda trl, x: trl.reward_model(x, centering=0.01),
+        ),
         "binary_outcome_loss": on_pairs(losses.binary_outcome_loss, labels=desirable),
         "outcome_pairs_loss": on_lists(
             losses.outcome_pairs_loss, success=relevance > 0
@@ -208,13 +233,7 @@ def cases(seed: int) -> dict[str, Case]:
         "matched_outcomes_loss": on_lists(
             losses.matched_outcomes_loss, success=relevance > 0
         ),
-        "clipped_surrogate_loss": on_pairs(
-            losses.clipped_surrogate_loss,
-            advantages=lengths - 30.0,
-            clip_low=0.2,
-            clip_high=0.28,
-            dual_clip=3.0,
-        ),
+        "clipped_surrogate_loss": Case(rewards, surrogate, trl_surrogate),
         "value_loss": on_pairs(
             losses.value_loss, returns=0.1 * lengths, old_values=0.0, clip=0.2
         ),

@@ -3,20 +3,24 @@
 Three levels, one function: `clipped_surrogate_loss` takes log-ratios of tokens, of
 turns or of whole responses. How entries are averaged is `Method.weight`.
 
-    method       log-ratios              advantages                          weight
-    GRPO         of tokens               `group_advantages`                  1 / length
-    Dr. GRPO     of tokens               `centered_advantages`               a constant
-    RLOO         of responses, summed    `leave_one_out_advantages`          1
-    REINFORCE++  of tokens               `centered_`, `whitened_advantages`  1
-    GSPO         `sequence_log_ratios`   `group_advantages`                  1
-    GiGPO        of tokens               episode's + `cluster_advantages`    1
-    OPRL         of tokens or turns      `turn_advantages`                   1
-    PRIME        of tokens               `leave_one_out_advantages`          1
-    PPO          of tokens               `gae`                               1
+    method       log-ratios               advantages                         weight
+    GRPO         of tokens                `group_advantages`                 1 / length
+    DAPO         of tokens                `group_advantages`                 1
+    Dr. GRPO     of tokens, losses summed `centered_advantages`              1
+                 over a constant length
+    RLOO         of responses, summed     `leave_one_out_advantages`         1
+    REINFORCE++  of tokens                `centered_`, `whitened_advantages` 1
+    GSPO         `sequence_log_ratios`    `group_advantages`                 1
+    GiGPO        of tokens                `turn_advantages` of the group's   1
+                                          and `cluster_advantages`
+    OPRL         of tokens or turns       `turn_advantages` of the group's   1
+                                          and `step_advantages`
+    PRIME        of tokens                `leave_one_out_advantages`         1
+    PPO          of tokens                `gae`                              1
 
-The rule of OPRL is any of these, once on outcomes and once on the rewards of turns,
-which are one group: [..., N, S] as [..., N * S]. PRIME adds the rewards of tokens
-(`rewards.token_reward`) to the outcome first.
+OPRL takes either advantage by any rule: turns are then one group, [..., N, S] as
+[..., N * S]. PRIME adds the rewards of tokens (`rewards.token_reward`) to the outcome
+first.
 
 Advantages never carry a gradient. `where` is bool of the same shape as what it masks.
 `logps.spread_steps` gives the advantage of a turn to its tokens.
@@ -286,7 +290,7 @@ def discounted_returns(rewards, *, discount: float, where=None):
         R[t] = r[t] + discount R[t + 1]
 
     Source: the return of reinforcement learning; per turn: GiGPO, arXiv:2505.10978.
-    Checked: one source, the definition.
+    Checked: against rlax 0.1.9.
 
     Args:
       rewards: f32[..., T].
@@ -331,7 +335,7 @@ def gae(
 
     Source: GAE, arXiv:1506.02438, equation 16.
     Reduces to: `discounted_returns` less the values at a gae_lambda of 1.
-    Checked: one source, the paper's equation.
+    Checked: against rlax 0.1.9.
 
     Args:
       rewards: f32[..., T].
@@ -385,7 +389,7 @@ def sequence_log_ratios(token_log_ratios, *, where):
         mean over tokens of token_log_ratios
 
     Source: GSPO, arXiv:2507.18071, equation 7 (the number is not verified).
-    Checked: one source, the paper's equation.
+    Checked: against TRL 1.16.0 (GRPO by sequence) in value and gradient.
 
     Args:
       token_log_ratios: f32[..., T], nats: policy minus behaviour policy.
@@ -423,7 +427,8 @@ def clipped_surrogate_loss(
 
     Source: PPO, arXiv:1707.06347, equation 7; two clips: DAPO, arXiv:2503.14476; dual
     clip: arXiv:1912.09729, equation 5 (the number is not verified).
-    Checked: one source, the papers' equations.
+    Checked: against TRL 1.16.0 (GRPO, DAPO, Dr. GRPO, GSPO, RLOO, its `delta`) and rlax
+    0.1.9 in value and gradient.
 
     Args:
       log_ratios: f32[...], nats: policy minus behaviour policy, of tokens, turns
@@ -519,7 +524,7 @@ def kl_k1(log_ratios, *, where=None):
     reward, not of a loss.
 
     Source: J. Schulman, "Approximating KL divergence" (2020).
-    Checked: by exact summation over a distribution.
+    Checked: against rlax 0.1.9, by summation over a distribution.
 
     Args:
       log_ratios: f32[...], nats: policy minus anchor, of what the policy sampled.
@@ -544,7 +549,7 @@ def kl_k2(log_ratios, *, where=None):
         k2 = log_ratios^2 / 2
 
     Source: J. Schulman, "Approximating KL divergence" (2020).
-    Checked: by exact summation over a distribution.
+    Checked: against rlax 0.1.9, by summation over a distribution.
 
     Args, returns and errors as `kl_k1`.
 
@@ -561,7 +566,8 @@ def kl_k3(log_ratios, *, where=None):
 
     Source: J. Schulman, "Approximating KL divergence" (2020); GRPO, arXiv:2402.03300,
     equation 4, adds it to the loss.
-    Checked: by exact summation over a distribution.
+    Checked: against TRL 1.16.0 (GRPO) in value and gradient; against rlax 0.1.9, by
+    summation over a distribution.
 
     Args, returns and errors as `kl_k1`.
 
@@ -623,7 +629,8 @@ def coefficient_loss(logps, *, coefficients, where=None):
     as coefficient.
 
     Source: the chain rule; as a policy gradient: REINFORCE, Williams, 1992.
-    Checked: with `score_coefficients`, against the gradient in one pass.
+    Checked: with `score_coefficients`, against the gradient in one pass; as a policy
+    gradient against rlax 0.1.9 in value and gradient.
 
     Args:
       logps: f32[...], of turns: whatever the episode scores are sums of.

@@ -21,8 +21,10 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # CPO and ORPO stand the
 from trl.experimental.cpo import CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOTrainer  # noqa: E402
 from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 from trl.trainer.reward_trainer import RewardTrainer  # noqa: E402
+from trl.trainer.rloo_trainer import RLOOTrainer  # noqa: E402
 from trl.trainer.sft_trainer import SFTTrainer  # noqa: E402
 
 DPO_LOSSES = (
@@ -333,3 +335,100 @@ def sft(token_logps, mask, *, loss_type) -> torch.Tensor:
     )
     inputs = {"attention_mask": mask.long(), "labels": mask.long()}
     return SFTTrainer.compute_loss(trainer, model, inputs)
+
+
+# --- GRPOTrainer and RLOOTrainer ------------------------------------------------------
+
+
+def _sampled(mask, advantages):
+    """What both trainers read of a batch of sampled responses [N, T]."""
+    ones = torch.ones(len(mask), 1, dtype=torch.long)
+    return {
+        "prompt_ids": ones,
+        "prompt_mask": ones,
+        "completion_ids": torch.zeros(mask.shape, dtype=torch.long),
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+    }
+
+
+def _policy_trainer(token_logps, clip_low, clip_high, **more):
+    gathering = accelerator()
+    gathering.reduce = lambda x, reduction: x
+    gathering.num_processes = 1
+    zeros = torch.zeros_like(token_logps, requires_grad=False)
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(training=True),
+        accelerator=gathering,
+        aux_loss_enabled=False,
+        epsilon_low=clip_low,
+        epsilon_high=clip_high,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (token_logps, zeros, None),
+        _metrics=metrics(),
+        **more,
+    )
+
+
+def grpo(
+    token_logps,
+    mask,
+    *,
+    behaviour_logps,
+    advantages,
+    loss_type,
+    clip_low,
+    clip_high,
+    level="token",
+    delta=None,
+    beta=0.0,
+    anchor_logps=None,
+    max_length=None,
+) -> torch.Tensor:
+    """The loss of `GRPOTrainer`; here a row is one response.
+
+    Args:
+      token_logps: [N, T], of the policy.
+      mask: bool [N, T].
+      behaviour_logps: [N, T], of the policy that sampled.
+      advantages: [N], or [N, T].
+      loss_type: "grpo", "bnpo", "dapo" or "dr_grpo".
+      clip_low: TRL's `epsilon`.
+      clip_high: TRL's `epsilon_high`.
+      level: "token", or "sequence" as in GSPO.
+      delta: TRL's bound of the ratio.
+      beta: weight of the divergence from the anchor.
+      anchor_logps: [N, T], if `beta` is not 0.
+      max_length: for "dr_grpo".
+    """
+    trainer = _policy_trainer(
+        token_logps,
+        clip_low,
+        clip_high,
+        args=types.SimpleNamespace(
+            delta=delta, use_bias_correction_kl=False, steps_per_generation=1
+        ),
+        beta=beta,
+        current_gradient_accumulation_steps=1,
+        importance_sampling_level=level,
+        loss_type=loss_type,
+        max_completion_length=max_length,
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+    )
+    inputs = _sampled(mask, advantages) | {
+        "old_per_token_logps": behaviour_logps,
+        "ref_per_token_logps": anchor_logps,
+        "num_items_in_batch": mask.sum(),
+    }
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+def rloo(
+    token_logps, mask, *, behaviour_logps, advantages, clip_low, clip_high
+) -> torch.Tensor:
+    """The loss of `RLOOTrainer`, by the arguments of `grpo`; summed [N] from before."""
+    trainer = _policy_trainer(token_logps, clip_low, clip_high)
+    inputs = _sampled(mask, advantages) | {"old_logps": behaviour_logps}
+    return RLOOTrainer._compute_loss(trainer, None, inputs)
