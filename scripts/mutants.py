@@ -50,7 +50,8 @@ EQUIVALENT = "docs/records/mutants_equivalent.json"
 FILES = (
     "pref_jax/losses/*.py",
     *(f"pref_jax/{name}.py" for name in ("rewards", "anchors", "targets")),
-    *(f"pref_jax/{name}.py" for name in ("q_values", "logps")),
+    *(f"pref_jax/{name}.py" for name in ("q_values", "logps", "numerics")),
+    "pref_jax/evals/ranking.py",
 )
 # Besides the file of the same place: tests/losses/test_pairwise.py of losses/pairwise.
 SHARED_TESTS = {
@@ -59,7 +60,9 @@ SHARED_TESTS = {
         "tests/losses/test_outside_values.py",
     ),
     "pref_jax/losses/entries.py": ("tests/losses/test_pairwise.py",),
+    "pref_jax/losses/supervised.py": ("tests/losses/test_divergences.py",),
     "pref_jax/logps.py": ("tests/test_token_weights.py",),
+    "pref_jax/rewards.py": ("tests/losses/test_diffusion.py",),
 }
 _LIFETIME = 200  # mutants of a process: jax keeps all that it compiled
 _BETWEEN_CONTROLS = 100  # mutants of a file; then the unchanged one must still pass
