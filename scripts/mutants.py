@@ -97,8 +97,8 @@ def tests_of(file: str, root: pathlib.Path = ROOT) -> tuple[str, ...]:
     Raises:
       ValueError: there are none.
 
-    >>> tests_of("pref_jax/rewards.py")
-    ('tests/test_rewards.py',)
+    >>> tests_of("pref_jax/targets.py")
+    ('tests/test_targets.py',)
     """
     path = pathlib.PurePath(file)
     own = pathlib.PurePath("tests", *path.parts[1:-1], f"test_{path.name}").as_posix()

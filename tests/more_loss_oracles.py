@@ -434,6 +434,11 @@ def _improvements(errors, anchor_errors) -> list[float]:
     return [float(a) - float(e) for e, a in zip(errors, anchor_errors, strict=True)]
 
 
+def denoising_loss(errors) -> float:
+    """The error itself: arXiv:2006.11239, equation 14."""
+    return float(errors)
+
+
 def diffusion_dpo_loss(errors, *, anchor_errors, beta: float) -> float:
     """-log s(beta (g_w - g_l) / 2): arXiv:2311.12908, T omega in beta, as released."""
     return logistic_loss([0.5 * beta * g for g in _improvements(errors, anchor_errors)])

@@ -407,7 +407,7 @@ def test_an_equivalent_needs_a_reason(root):
 
 
 def test_a_file_has_the_tests_of_its_place_and_shared_ones():
-    assert mutants.tests_of("pref_jax/rewards.py") == ("tests/test_rewards.py",)
+    assert mutants.tests_of("pref_jax/targets.py") == ("tests/test_targets.py",)
     every = ("losses/test_all_losses.py", "losses/test_outside_values.py")
     every = tuple(f"tests/{name}" for name in every)
     own = ("tests/losses/test_listwise.py", *every)
