@@ -371,7 +371,8 @@ def test_permuting_the_batch_permutes_the_results(case):
     assert_close(got, jax.tree.map(lambda x: x[order], results))
 
 
-@cases(lambda case: case.kind == "list")
+# Which outcomes of one kind meet depends on their order, by its name.
+@cases(lambda case: case.kind == "list" and case.name != "matched_outcomes_loss")
 def test_permuting_the_items_with_their_labels_changes_nothing(case):
     arrays, results, gradients = usual(case.id)
     order = np.array([0, 3, 1, 2] if case.name == "sdpo_loss" else [2, 3, 1, 0])

@@ -50,6 +50,14 @@ from pref_jax import losses
                 ]
             ],
         ),
+        (
+            # The first two of each kind: (1, 0), (2, 3). The third success is alone.
+            "matched_outcomes_loss",
+            [[1.0, 0.5, -1.0, 1.0, 7.0]],
+            {"success": np.array([False, True, True, False, True])},
+            [(nls(-0.5) + nls(-2.0)) / 2],
+            [[s(0.5) / 2, -s(0.5) / 2, -s(2) / 2, s(2) / 2, 0.0]],
+        ),
     ],
 )
 def test_losses_and_gradients_are_arithmetic(name, first, options, loss, gradient):
@@ -105,6 +113,17 @@ def test_one_success_and_one_failure_are_the_logistic_loss():
         metrics["rewards/accuracy"], of_pair["rewards/accuracy"]
     )
     np.testing.assert_array_equal(metrics["pairs/count"], [1.0, 1.0])
+
+
+def test_matched_outcomes_meet_in_their_order():
+    scores = jnp.array([0.3, -1.0, 2.0, 0.7])
+    success = jnp.array([True, True, False, False])
+    loss, metrics = losses.matched_outcomes_loss(scores, success=success)
+    np.testing.assert_allclose(loss, (nls(-1.7) + nls(-1.7)) / 2, rtol=1e-6)
+    order = jnp.array([1, 0, 2, 3])
+    other, _ = losses.matched_outcomes_loss(scores[order], success=success)
+    np.testing.assert_allclose(other, (nls(-3.0) + nls(-0.4)) / 2, rtol=1e-6)
+    assert metrics["pairs/count"] == 2.0
 
 
 @pytest.mark.parametrize("outcome", [True, False])
