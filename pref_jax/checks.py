@@ -1,7 +1,7 @@
 """Checks of shape, dtype and range: the error style, once.
 
 Each check runs at trace time and costs nothing later. Values on the device are never
-looked at.
+looked at, and neither is a number that is an argument of what is being compiled.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 
+import jax
 import jax.numpy as jnp
 
 _num_microbatches = contextvars.ContextVar("num_microbatches", default=1)
@@ -77,21 +78,31 @@ def check_same_shape(name: str, array, *, like, of: str) -> None:
         )
 
 
+def check_integers(name: str, array) -> None:
+    """Raise unless `array` holds integers."""
+    if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+        raise TypeError(f"`{name}` needs integers; got {describe(array)}.")
+
+
+def _is_known(value) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
 def check_range(name: str, value: float, *, low: float, high: float, why: str) -> None:
-    """Raise unless a Python number lies in [low, high]."""
-    if not low <= value <= high:
+    """Raise unless a number lies in [low, high]."""
+    if _is_known(value) and not low <= value <= high:
         raise ValueError(f"`{name}` must lie in [{low}, {high}] ({why}); got {value}.")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise unless a Python number is positive and finite."""
-    if not 0 < value < float("inf"):
+    """Raise unless a number is positive and finite."""
+    if _is_known(value) and not 0 < value < float("inf"):
         raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 
 
 def check_not_negative(name: str, value: float) -> None:
-    """Raise unless a Python number is at least 0 and finite."""
-    if not 0 <= value < float("inf"):
+    """Raise unless a number is at least 0 and finite."""
+    if _is_known(value) and not 0 <= value < float("inf"):
         raise ValueError(f"`{name}` must be 0 or more, and finite; got {value}.")
 
 
@@ -106,7 +117,11 @@ def microbatches(number: int):
 
 
 def check_whole_batch(name: str) -> None:
-    """Raise if function `name` is traced for a part of a batch only."""
+    """Raise if function `name` is traced for a part of a batch only.
+
+    What was compiled before, outside of `microbatches`, is not traced again and not
+    seen: a step must trace its loss itself.
+    """
     number = _num_microbatches.get()
     if number > 1:
         raise ValueError(

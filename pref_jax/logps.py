@@ -265,7 +265,7 @@ def response_sum(token_values, *, where, weights=None):
     checks.check_bool("where", where)
     shape = jnp.shape(token_values)
     checks.check_broadcast("where", where, to=shape, of="token_values")
-    values = jnp.where(where, token_values, 0.0)
+    values = jnp.where(where, at_least_float32(token_values), 0.0)
     if weights is not None:
         checks.check_broadcast("weights", weights, to=shape, of="token_values")
         weights = jnp.broadcast_to(jax.lax.stop_gradient(weights), shape)
@@ -311,14 +311,14 @@ def step_sum(token_values, *, step_ids, num_steps: int, where=None):
 
     Raises:
       ValueError: `step_ids` or `where` does not fit.
-      TypeError: `where` is not boolean.
+      TypeError: `step_ids` are not integers or `where` is not boolean.
 
     >>> step_sum(jnp.array([1.0, 2.0, 4.0]), step_ids=jnp.array([1, 0, 1]),
     ...          num_steps=2).tolist()
     [5.0, 0.0]
     """
     member = _step_members(token_values, step_ids, num_steps, where)
-    return jnp.where(member, jnp.expand_dims(token_values, -2), 0.0).sum(-1)
+    return _member_sum(token_values, member)
 
 
 def step_mean(token_values, *, step_ids, num_steps: int, where=None):
@@ -334,54 +334,60 @@ def step_mean(token_values, *, step_ids, num_steps: int, where=None):
     [2.5, 0.0]
     """
     member = _step_members(token_values, step_ids, num_steps, where)
-    total = jnp.where(member, jnp.expand_dims(token_values, -2), 0.0).sum(-1)
-    return total / jnp.maximum(member.sum(-1), 1)
+    return _member_sum(token_values, member) / jnp.maximum(member.sum(-1), 1)
 
 
 def spread_steps(step_values, *, step_ids, where=None):
-    """Gives every token the value of its step: of a turn's advantage, to its tokens.
+    """Gives every token the value of its step, such as the advantage of the step.
 
     Args:
-      step_values: [..., S].
+      step_values: f32[..., S].
       step_ids: i32[..., T], of the same leading axes: 1..S, or 0 for a token of no
         step.
       where: bool, broadcastable to `step_ids`. False: the token gets 0.
 
     Returns:
-      [..., T]; 0 for a token of no step, and for an id above S.
+      f32[..., T]; 0 for a token of no step, and for an id above S.
 
     Raises:
       ValueError: the leading axes differ, or `where` does not fit.
-      TypeError: `where` is not boolean.
+      TypeError: `step_ids` are not integers or `where` is not boolean.
 
     >>> spread_steps(jnp.array([0.5, 2.0]), step_ids=jnp.array([1, 1, 0, 2])).tolist()
     [0.5, 0.5, 0.0, 2.0]
     """
-    step_values, step_ids = jnp.asarray(step_values), jnp.asarray(step_ids)
-    same = step_values.ndim and step_ids.ndim
-    if not same or step_values.shape[:-1] != step_ids.shape[:-1]:
+    checks.check_integers("step_ids", step_ids)
+    step_values, step_ids = at_least_float32(step_values), jnp.asarray(step_ids)
+    axes = [x.shape[:-1] if x.ndim else None for x in (step_values, step_ids)]
+    if axes[0] is None or axes[0] != axes[1]:
         raise ValueError(
             f"`step_values` [..., S] and `step_ids` [..., T] need the same leading "
             f"axes; got {checks.describe(step_values)} and {checks.describe(step_ids)}."
         )
-    # Of a token that no step holds, a row of False: its sum is 0.
-    member = _step_members(step_ids, step_ids, step_values.shape[-1], where)
-    return jnp.where(member, step_values[..., None], 0).sum(-2)
+    of_a_step = (step_ids >= 1) & (step_ids <= step_values.shape[-1])
+    if where is not None:
+        checks.check_bool("where", where)
+        checks.check_broadcast("where", where, to=step_ids.shape, of="step_ids")
+        of_a_step &= where
+    # Slot 0 is for tokens of no step: nothing else reaches them, nor its gradient.
+    zero = jnp.zeros_like(step_values[..., :1])
+    values = jnp.concatenate([zero, step_values], axis=-1)
+    return jnp.take_along_axis(values, jnp.where(of_a_step, step_ids, 0), axis=-1)
 
 
 def episode_sum(values, *, episode_ids, num_episodes: int, where=None):
-    """Adds up what stands in separate groups: the turns of an episode.
+    """Adds up what stands in separate groups: the steps of an episode.
 
         out[e] = sum of values[b] over b with episode_ids[b] == e
 
     Args:
-      values: f32[B], of turns.
-      episode_ids: i32[B]: 0..E - 1. A turn of another id is counted nowhere.
+      values: f32[B], of steps.
+      episode_ids: i32[B]: 0..E - 1. A step of another id is counted nowhere.
       num_episodes: E.
-      where: bool, broadcastable to `values`. False: the turn does not count.
+      where: bool, broadcastable to `values`. False: the step does not count.
 
     Returns:
-      f32[E]; 0 for an episode without turns.
+      f32[E]; 0 for an episode without steps.
 
     Raises:
       ValueError: a shape does not fit.
@@ -391,22 +397,44 @@ def episode_sum(values, *, episode_ids, num_episodes: int, where=None):
     >>> episode_sum(values, episode_ids=ids, num_episodes=2).tolist()
     [2.0, 5.0]
     """
-    if jnp.ndim(values) != 1:
+    values = at_least_float32(values)
+    if values.ndim != 1:
         raise ValueError(f"`values` needs one axis; got {checks.describe(values)}.")
     checks.check_same_shape("episode_ids", episode_ids, like=values, of="values")
-    if not jnp.issubdtype(jnp.result_type(episode_ids), jnp.integer):
-        raise TypeError(
-            f"`episode_ids` needs integers; got {checks.describe(episode_ids)}."
-        )
+    checks.check_integers("episode_ids", episode_ids)
     if where is not None:
         checks.check_bool("where", where)
-        checks.check_broadcast("where", where, to=jnp.shape(values), of="values")
+        checks.check_broadcast("where", where, to=values.shape, of="values")
         values = jnp.where(where, values, 0.0)
     return jax.ops.segment_sum(values, episode_ids, num_episodes)
 
 
+def episode_mean(values, *, episode_ids, num_episodes: int, where=None):
+    """The mean over the steps of each episode; 0 for an episode without steps.
+
+    Args and errors as `episode_sum`.
+
+    Returns:
+      f32[E].
+
+    >>> values, ids = jnp.array([1.0, 2.0, 4.0]), jnp.array([1, 0, 1])
+    >>> episode_mean(values, episode_ids=ids, num_episodes=2).tolist()
+    [2.0, 2.5]
+    """
+    options = {"episode_ids": episode_ids, "num_episodes": num_episodes, "where": where}
+    number = episode_sum(jnp.ones(jnp.shape(values)), **options)
+    return episode_sum(values, **options) / jnp.maximum(number, 1)
+
+
+def _member_sum(token_values, member):
+    """[..., T] and bool[..., S, T] -> f32[..., S]."""
+    values = jnp.expand_dims(at_least_float32(token_values), -2)
+    return jnp.where(member, values, 0.0).sum(-1)
+
+
 def _step_members(token_values, step_ids, num_steps, where):
     """bool[..., S, T]: token t belongs to step s + 1 and counts."""
+    checks.check_integers("step_ids", step_ids)
     shape = jnp.shape(token_values)
     checks.check_broadcast("step_ids", step_ids, to=shape, of="token_values")
     ids = jnp.broadcast_to(step_ids, shape)[..., None, :]

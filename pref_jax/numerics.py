@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-_LARGEST_EXPONENT = 40.0  # exp of it, squared and summed, is finite in float32
+_LARGEST_EXPONENT = 30.0  # squares of exp of it add up, 1e12 of them, in float32
 
 
 def at_least_float32(array):
@@ -18,12 +18,12 @@ def at_least_float32(array):
 
 
 def exp_or_tangent(x):
-    """exp up to 40, its tangent beyond: finite, and so is the square of its slope.
+    """exp up to 30, its tangent beyond: finite, and so are sums of its slope's squares.
 
     >>> bool(jnp.isfinite(exp_or_tangent(jnp.float32(1e4))))
     True
     """
-    # Not jnp.minimum: it would halve the slope at 40 itself.
+    # Not jnp.minimum: it would halve the slope at 30 itself.
     capped = jnp.where(x > _LARGEST_EXPONENT, _LARGEST_EXPONENT, x)
     beyond = jnp.where(x > _LARGEST_EXPONENT, x - _LARGEST_EXPONENT, 0.0)
     return jnp.exp(capped) * (1 + beyond)

@@ -76,7 +76,7 @@ def forward_kl_reward(logps, *, anchor_logps, beta: float, where=None):
         reward = beta (1 - exp(-(logps - anchor_logps)))
 
     With `logistic_loss` on it: f-DPO. The exponential is continued by its tangent
-    above an exponent of 40.
+    above an exponent of 30.
 
     Source: f-DPO, arXiv:2309.16240, f'(u) = -1 / u, plus a constant that a
     pair cancels.
@@ -151,7 +151,7 @@ def alpha_divergence_reward(
 
     alpha towards 1 is `implicit_reward` (reverse KL), alpha = 0 `forward_kl_reward`.
     With `logistic_loss` on it: f-DPO. The exponential is continued by its tangent
-    above an exponent of 40.
+    above an exponent of 30.
 
     Source: f-DPO, arXiv:2309.16240, whose alpha is 1 minus this one and whose
     f' differs by a constant that a pair cancels.
@@ -263,8 +263,8 @@ def denoising_reward(error, *, anchor_error, beta: float):
 
     in place of beta times a log-ratio, which a diffusion model only bounds.
 
-    Source: Diffusion-DPO, arXiv:2311.12908, equation 14; Diffusion-DRO,
-    arXiv:2510.18353, equation 12, with beta 1.
+    Source: Diffusion-DPO, arXiv:2311.12908, equation 14 (the number is not verified);
+    Diffusion-DRO, arXiv:2510.18353, equation 12, with beta 1.
     Convention: the weight of the time step, the number of steps and the dimension are
     left in beta, as in the released codes.
     Checked: two sources, the papers and the authors' code as read; no outside value.

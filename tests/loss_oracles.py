@@ -568,8 +568,8 @@ def implicit_reward(logps, *, anchor_logps, beta: float) -> float:
 
 
 def _exp(y: float) -> float:
-    """exp(y); beyond 40 its tangent there, by convention of the library."""
-    return math.exp(y) if y <= 40.0 else math.exp(40.0) * (1.0 + (y - 40.0))
+    """exp(y); beyond 30 its tangent there, by convention of the library."""
+    return math.exp(y) if y <= 30.0 else math.exp(30.0) * (1.0 + (y - 30.0))
 
 
 def forward_kl_reward(logps, *, anchor_logps, beta: float) -> float:

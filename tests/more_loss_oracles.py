@@ -208,6 +208,12 @@ def outcome_pairs_count(*, success, where=None, matched=False) -> float:
     return float(len(_outcome_pairs([0.0] * len(success), success, where, matched)))
 
 
+def outcome_pairs_means(scores, *, success, where=None, matched=False):
+    """Mean score of the successes, and of the failures, over pairs; 0 without one."""
+    pairs = _outcome_pairs(scores, success, where, matched)
+    return [sum(pair[k] for pair in pairs) / max(len(pairs), 1) for k in (0, 1)]
+
+
 def outcome_pairs_accuracy(scores, *, success, where=None, matched=False) -> float:
     """Share of pairs with the success above, ties 1/2; 0 without a pair."""
     pairs = _outcome_pairs(scores, success, where, matched)

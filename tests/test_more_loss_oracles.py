@@ -315,6 +315,8 @@ def test_outcome_pairs_are_all_successes_against_all_failures():
     assert mo.outcome_pairs_loss(scores, **options) == pytest.approx(expected)
     assert mo.outcome_pairs_count(**options) == 4.0
     assert mo.outcome_pairs_accuracy(scores, **options) == 3.5 / 4
+    means = mo.outcome_pairs_means(scores, **options)
+    assert means == pytest.approx([(0.4 + 0.4 + 1.1 + 1.1) / 4, (-0.3 + 0.4) / 2])
     in_order = sum(math.log1p(math.exp(b - a)) for a, b in [(0.4, -0.3), (1.1, 0.4)])
     assert mo.matched_outcomes_loss(scores, **options) == pytest.approx(in_order / 2)
     assert mo.outcome_pairs_count(matched=True, **options) == 2.0

@@ -30,39 +30,39 @@ PREFERENCES = token_mdp.preference_probabilities(MDP)
 # --- on the exact tree ----------------------------------------------------------------
 
 
-def fitted_rewards(mdp, turn_length, weights=PREFERENCES):
+def fitted_rewards(mdp, step_length, weights=PREFERENCES):
     """Step rewards f64[P, N, T] of a model fitted from a random start."""
     start = token_mdp.make_mdp(5, num_prompts=2, num_tokens=4, max_length=3)
     fit = token_mdp.train_process_reward(
         mdp,
         beta=BETA,
-        turn_length=turn_length,
+        step_length=step_length,
         weights=weights,
         start=start.anchor_logps,
     )
     logps = fit.logits - np.logaddexp.reduce(fit.logits, axis=-1, keepdims=True)
-    return rewards_of(mdp, logps, turn_length)
+    return rewards_of(mdp, logps, step_length)
 
 
-def rewards_of(mdp, logps, turn_length):
+def rewards_of(mdp, logps, step_length):
     with jax.enable_x64(True):
         return np.asarray(
-            token_mdp.process_rewards(mdp, logps, beta=BETA, turn_length=turn_length)
+            token_mdp.process_rewards(mdp, logps, beta=BETA, step_length=step_length)
         )
 
 
-def soft_advantages(mdp, turn_length):
+def soft_advantages(mdp, step_length):
     """Q*(s, turn) - V*(s) by its definition: rewards of a turn, V* behind and before.
 
     f64[P, N, T], in plain loops.
     """
     value = token_mdp.solve(mdp, beta=BETA).value
-    num_turns = math.ceil(mdp.tokens.shape[1] / turn_length)
+    num_turns = math.ceil(mdp.tokens.shape[1] / step_length)
     out = np.zeros((*value.shape[:1], len(mdp.tokens), num_turns))
     for p, n, turn in np.ndindex(out.shape):
         places = [
             (mdp.states[n, h], mdp.tokens[n, h])
-            for h in range(turn * turn_length, (turn + 1) * turn_length)
+            for h in range(turn * step_length, (turn + 1) * step_length)
             if h < mdp.tokens.shape[1] and mdp.tokens[n, h] >= 0
         ]
         if places:
@@ -74,14 +74,14 @@ def soft_advantages(mdp, turn_length):
     return out
 
 
-@pytest.mark.parametrize("turn_length", [1, 2])
+@pytest.mark.parametrize("step_length", [1, 2])
 @pytest.mark.parametrize("acting", [0, 3])
-def test_fitted_process_rewards_are_the_soft_advantages_of_turns(turn_length, acting):
+def test_fitted_process_rewards_are_the_soft_advantages_of_turns(step_length, acting):
     """Test (1). The reference is the policy that acted, whichever that is."""
     policy = token_mdp.make_mdp(acting, num_prompts=2, num_tokens=4, max_length=3)
     mdp = dataclasses.replace(MDP, anchor_logps=policy.anchor_logps)
-    found = fitted_rewards(mdp, turn_length)
-    expected = soft_advantages(mdp, turn_length)
+    found = fitted_rewards(mdp, step_length)
+    expected = soft_advantages(mdp, step_length)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     start = token_mdp.solve(mdp, beta=BETA).value[:, :1]
     returns = token_mdp.response_sum(mdp, mdp.rewards) - start
@@ -185,7 +185,7 @@ def policy_loss(log_ratios, outcomes, of_turns, *, rule, alpha):
     """Turn-level surrogate on outcomes and process rewards, both by one rule."""
     of_episodes = rule(outcomes)
     of_steps = rule(of_turns.reshape(-1), where=TURNS.reshape(-1)).reshape(TURNS.shape)
-    advantages = losses.turn_advantages(
+    advantages = losses.combined_advantages(
         of_episodes, step_advantages=of_steps, alpha=alpha, where=TURNS
     )
     loss, _ = losses.clipped_surrogate_loss(

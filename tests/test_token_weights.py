@@ -194,6 +194,26 @@ def test_the_turns_of_an_episode_add_up_wherever_they_stand():
     assert slope.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
 
 
+def test_the_mean_over_the_steps_of_an_episode_is_of_those_that_count():
+    values = jnp.array([1.0, 2.0, jnp.nan, 8.0])
+    ids, where = jnp.array([2, 0, 2, 2]), jnp.array([True, True, False, True])
+    options = {"episode_ids": ids, "num_episodes": 4, "where": where}
+    assert logps.episode_mean(values, **options).tolist() == [2.0, 0.0, 4.5, 0.0]
+
+
+def test_sums_of_bfloat16_are_of_float32():
+    ones = jnp.ones(1000, jnp.bfloat16)
+    ids, all_there = jnp.zeros(1000, int), jnp.ones(1000, bool)
+    for total in (
+        logps.episode_sum(ones, episode_ids=ids, num_episodes=1)[0],
+        logps.step_sum(ones, step_ids=ids + 1, num_steps=1)[0],
+        logps.response_sum(ones, where=all_there),
+    ):
+        assert (total, total.dtype) == (1000.0, jnp.float32)
+    one = logps.spread_steps(ones[:1], step_ids=ids + 1)
+    assert (one.sum(), one.dtype) == (1000.0, jnp.float32)
+
+
 # --- weights --------------------------------------------------------------------------
 
 
@@ -329,6 +349,16 @@ ZEROS, ALL = np.zeros((2, 3), np.float32), np.ones((2, 3), bool)
             lambda: logps.spread_steps(ZEROS, step_ids=np.ones(3, int)),
             ValueError,
             r"need the same leading axes; got f32\[2, 3\] and i\d+\[3\]",
+        ),
+        (
+            lambda: logps.spread_steps(ZEROS, step_ids=ZEROS),
+            TypeError,
+            r"`step_ids` needs integers; got f32\[2, 3\]",
+        ),
+        (
+            lambda: logps.step_sum(ZEROS, step_ids=ZEROS, num_steps=1),
+            TypeError,
+            r"`step_ids` needs integers; got f32\[2, 3\]",
         ),
         (
             lambda: logps.spread_steps(np.float32(0), step_ids=np.int32(1)),

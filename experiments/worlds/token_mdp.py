@@ -419,7 +419,7 @@ def train_dpo(mdp: TokenMDP, *, beta: float, weights, start) -> Fit:
     return _minimise(mdp, loss, start)
 
 
-def process_rewards(mdp: TokenMDP, logps, *, beta: float, turn_length: int):
+def process_rewards(mdp: TokenMDP, logps, *, beta: float, step_length: int):
     """What a process reward model says of each turn of each response.
 
         r(s, turn) = beta sum over its tokens of log(pi(a|s) / pi_ref(a|s))
@@ -434,7 +434,7 @@ def process_rewards(mdp: TokenMDP, logps, *, beta: float, turn_length: int):
       mdp: the tree and the reference.
       logps: f64[P, S, V], nats: of the process reward model.
       beta: reward per nat, positive.
-      turn_length: tokens of a turn; the last turn of a response may be shorter.
+      step_length: tokens of a turn; the last turn of a response may be shorter.
 
     Returns:
       f64[P, N, T], T the turns of the longest response; 0 for a turn that is not there.
@@ -443,11 +443,11 @@ def process_rewards(mdp: TokenMDP, logps, *, beta: float, turn_length: int):
       ValueError: `beta` is not positive, or a shape does not fit.
 
     >>> mdp = make_mdp(0, num_prompts=1, num_tokens=3, max_length=2)
-    >>> process_rewards(mdp, mdp.anchor_logps, beta=0.5, turn_length=1).shape
+    >>> process_rewards(mdp, mdp.anchor_logps, beta=0.5, step_length=1).shape
     (1, 7, 2)
     """
     token_rewards = implicit_reward(logps, anchor_logps=mdp.anchor_logps, beta=beta)
-    steps = np.arange(mdp.tokens.shape[1]) // turn_length + 1
+    steps = np.arange(mdp.tokens.shape[1]) // step_length + 1
     return step_rewards(
         token_rewards[:, mdp.states, mdp.tokens],
         step_ids=steps,
@@ -457,7 +457,7 @@ def process_rewards(mdp: TokenMDP, logps, *, beta: float, turn_length: int):
 
 
 def train_process_reward(
-    mdp: TokenMDP, *, beta: float, turn_length: int, weights, start
+    mdp: TokenMDP, *, beta: float, step_length: int, weights, start
 ) -> Fit:
     """Fits a process reward model to outcomes of whole responses, as OPRL does.
 
@@ -471,7 +471,7 @@ def train_process_reward(
       mdp: the tree, and the policy that acted as its reference; the rewards are not
         read.
       beta: reward per nat, positive.
-      turn_length: as in `process_rewards`.
+      step_length: as in `process_rewards`.
       weights: f64[P, N, N], how often y_i succeeds where y_j fails.
       start: f64[P, S, V], the first logits.
 
@@ -484,7 +484,7 @@ def train_process_reward(
     >>> mdp = make_mdp(0, num_prompts=1, num_tokens=3, max_length=1)
     >>> pairs = preference_probabilities(mdp)
     >>> fit = train_process_reward(
-    ...     mdp, beta=0.5, turn_length=1, weights=pairs, start=mdp.anchor_logps
+    ...     mdp, beta=0.5, step_length=1, weights=pairs, start=mdp.anchor_logps
     ... )
     >>> best = np.exp(solve(mdp, beta=0.5).logps)
     >>> bool(np.allclose(jax.nn.softmax(fit.logits), best, atol=1e-5))
@@ -494,7 +494,7 @@ def train_process_reward(
 
     def loss(logits):
         of_turns = process_rewards(
-            mdp, jax.nn.log_softmax(logits), beta=beta, turn_length=turn_length
+            mdp, jax.nn.log_softmax(logits), beta=beta, step_length=step_length
         )
         losses, _ = outcome_pairs_loss(_pairs(of_turns.sum(-1)), success=success)
         checks.check_same_shape("weights", weights, like=losses, of="the pairs")

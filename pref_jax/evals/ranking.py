@@ -10,47 +10,53 @@ from __future__ import annotations
 
 import numpy as np
 
+_MOST_RELEVANT = 1000  # 2 to the power of it is finite
 
-def _read(scores, relevance, where):
-    """(scores, relevance, there), f64[..., K] and bool[..., K]."""
-    scores, relevance = np.asarray(scores, float), np.asarray(relevance, float)
-    if not scores.ndim or scores.shape != relevance.shape:
+
+def _read(where, **arrays):
+    """(two arrays of one shape, there): f64[..., K] and bool[..., K]."""
+    (name, array), (other_name, other) = (
+        (name, np.asarray(array, float)) for name, array in arrays.items()
+    )
+    if not array.ndim or array.shape != other.shape:
         raise ValueError(
-            f"`scores` and `relevance` need one shape [..., K]; got "
-            f"{scores.shape} and {relevance.shape}."
+            f"`{name}` and `{other_name}` need one shape [..., K]; got {array.shape} "
+            f"and {other.shape}."
         )
-    there = np.ones(scores.shape, bool)
+    there = np.ones(array.shape, bool)
     if where is not None:
         where = np.asarray(where)
         if where.dtype != bool:
             raise TypeError(f"`where` needs booleans; got {where.dtype}.")
-        there = np.broadcast_to(where, scores.shape)
-    for name, array in (("scores", scores), ("relevance", relevance)):
-        bad = np.argwhere(there & np.isnan(array))
+        try:
+            there = np.broadcast_to(where, array.shape)
+        except ValueError:
+            raise ValueError(
+                f"`where` needs a shape that broadcasts to {array.shape}, that of "
+                f"`{name}`; got {where.shape}."
+            ) from None
+    for label, values in ((name, array), (other_name, other)):
+        bad = np.argwhere(there & np.isnan(values))
         if len(bad):
-            raise ValueError(f"`{name}` is NaN at {tuple(map(int, bad[0]))}.")
-    if (relevance[there] < 0).any():
-        raise ValueError("`relevance` must be 0 or more.")
+            raise ValueError(f"`{label}` is NaN at {tuple(map(int, bad[0]))}.")
+    return array, other, there
+
+
+def _read_graded(scores, relevance, where):
+    """As `_read`; what is not there has a relevance of 0."""
+    scores, relevance, there = _read(where, scores=scores, relevance=relevance)
+    relevance = np.where(there, relevance, 0.0)
+    wrong = (relevance < 0) | (relevance > _MOST_RELEVANT)
+    if wrong.any():
+        raise ValueError(
+            f"`relevance` must lie in [0, {_MOST_RELEVANT}]; got {relevance[wrong][0]}."
+        )
     return scores, relevance, there
 
 
 def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"`k` must be 1 or more; got {k}.")
-
-
-def _ranked(scores, there):
-    """Ranks the items: (order, run), i64[..., K] each.
-
-    order: items from the highest score down, then those that are not there.
-    run: numbers the runs of tied items of all lists, from 0, in that order.
-    """
-    order = np.lexsort((-scores, ~there))
-    scores, there = (np.take_along_axis(x, order, -1) for x in (scores, there))
-    begins = np.ones(scores.shape, bool)
-    begins[..., 1:] = scores[..., 1:] != scores[..., :-1]
-    begins[..., 1:] |= there[..., 1:] != there[..., :-1]
-    return order, begins.cumsum().reshape(scores.shape) - 1
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"`k` must be an integer of 1 or more; got {k}.")
 
 
 def _mean_gain(scores, gains, there, discounts):
@@ -59,10 +65,15 @@ def _mean_gain(scores, gains, there, discounts):
     A run of tied items shares the mean gain of the run at each of its ranks. What is
     not there stands behind, with a gain of 0.
     """
-    order, run = _ranked(scores, there)
-    total = np.bincount(run.ravel(), np.take_along_axis(gains, order, -1).ravel())
-    mean = total / np.bincount(run.ravel())
-    return (mean[run] * discounts).sum(-1)
+    order = np.lexsort((-scores, ~there))
+    scores, gains = (np.take_along_axis(x, order, -1) for x in (scores, gains))
+    begins = np.ones(scores.shape, bool)
+    begins[..., 1:] = scores[..., 1:] != scores[..., :-1]
+    # The first of what is not there may have the score of the last that is.
+    begins |= np.arange(scores.shape[-1]) == there.sum(-1, keepdims=True)
+    run = begins.cumsum().reshape(scores.shape)  # from 1; bincount leaves slot 0 empty
+    total, size = np.bincount(run.ravel(), gains.ravel()), np.bincount(run.ravel())
+    return (total[run] / size[run] * discounts).sum(-1)
 
 
 def ndcg(scores, relevance, *, k: int, where=None):
@@ -83,18 +94,18 @@ def ndcg(scores, relevance, *, k: int, where=None):
       f64[...]; NaN for a list without a relevant item.
 
     Raises:
-      ValueError: the shapes differ, `k` is less than 1, a number is NaN or a relevance
-        negative.
+      ValueError: the shapes differ, `where` does not fit, `k` is not an integer of 1 or
+        more, a number is NaN or a relevance is negative or above 1000.
       TypeError: `where` is not boolean.
 
     >>> round(float(ndcg([1.0, 2.0], [1, 0], k=2)), 4)
     0.6309
     """
     _check_k(k)
-    scores, relevance, there = _read(scores, relevance, where)
+    scores, relevance, there = _read_graded(scores, relevance, where)
     ranks = np.arange(1, scores.shape[-1] + 1)
     discounts = (ranks <= k) / np.log2(1 + ranks)
-    gains = np.where(there, np.exp2(relevance) - 1, 0.0)
+    gains = np.exp2(relevance) - 1
     ideal = _mean_gain(gains, gains, there, discounts)
     found = _mean_gain(scores, gains, there, discounts)
     return found / np.where(ideal == 0, np.nan, ideal)
@@ -119,8 +130,8 @@ def recall(scores, relevance, *, k: int, where=None):
     0.5
     """
     _check_k(k)
-    scores, relevance, there = _read(scores, relevance, where)
-    relevant = np.where(there, relevance > 0, False).astype(float)
+    scores, relevance, there = _read_graded(scores, relevance, where)
+    relevant = (relevance > 0).astype(float)
     first = (np.arange(scores.shape[-1]) < k).astype(float)
     number = relevant.sum(-1)
     found = _mean_gain(scores, relevant, there, first)
@@ -136,10 +147,10 @@ def mean_relevance(scores, relevance, *, k: int, where=None):
     1.5
     """
     _check_k(k)
-    scores, relevance, there = _read(scores, relevance, where)
+    scores, relevance, there = _read_graded(scores, relevance, where)
     first = (np.arange(scores.shape[-1]) < k).astype(float)
     number = np.minimum(there.sum(-1), k)
-    found = _mean_gain(scores, np.where(there, relevance, 0.0), there, first)
+    found = _mean_gain(scores, relevance, there, first)
     return found / np.where(number == 0, np.nan, number)
 
 
@@ -162,8 +173,8 @@ def reciprocal_rank(scores, relevance, *, where=None):
     >>> float(reciprocal_rank([3.0, 2.0, 1.0], [0, 1, 1]))
     0.5
     """
-    scores, relevance, there = _read(scores, relevance, where)
-    relevant = there & (relevance > 0)
+    scores, relevance, there = _read_graded(scores, relevance, where)
+    relevant = relevance > 0
     best = np.where(relevant, scores, -np.inf).max(-1, keepdims=True, initial=-np.inf)
     above = (there & (scores > best)).sum(-1)
     tied = (there & (scores == best)).sum(-1)
@@ -195,21 +206,20 @@ def win_mass(logps, grades, *, where=None):
       where: bool, broadcastable to `logps`.
 
     Returns:
-      f64[...]; NaN for an empty list.
+      f64[...]; NaN for an empty list, and for one that the policy never gives.
 
     Raises:
-      ValueError: the shapes differ or a number is NaN.
+      ValueError: the shapes differ, `where` does not fit or a number is NaN.
       TypeError: `where` is not boolean.
 
     >>> round(float(win_mass([0.0, 0.0, 0.0], [1.0, 5.0, 2.0])), 4)
     0.3333
     """
-    shifted = np.asarray(grades, float)
-    lowest = shifted.min() if shifted.size else 0.0
-    logps, grades, there = _read(logps, shifted - lowest, where)
-    top = np.where(there, logps, -np.inf).max(-1, keepdims=True)
-    mass = np.where(there, np.exp(logps - np.where(np.isfinite(top), top, 0.0)), 0.0)
-    best = np.where(there, grades, -np.inf).max(-1, keepdims=True)
-    wins = np.where(there & (grades == best), mass, 0.0).sum(-1)
-    total = mass.sum(-1)
-    return wins / np.where(total == 0, np.nan, total)
+    logps, grades, there = _read(where, logps=logps, grades=grades)
+    logps = np.where(there, logps, -np.inf)
+    best = np.where(there, grades, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+    of_best = np.where(there & (grades == best), logps, -np.inf)
+    with np.errstate(invalid="ignore"):  # a list without mass: -inf less -inf
+        return np.exp(
+            np.logaddexp.reduce(of_best, axis=-1) - np.logaddexp.reduce(logps, axis=-1)
+        )

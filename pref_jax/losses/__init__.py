@@ -49,6 +49,7 @@ from pref_jax.losses.policy_gradient import (
     clipped_surrogate_loss,
     cluster_advantages,
     coefficient_loss,
+    combined_advantages,
     discounted_returns,
     gae,
     group_advantages,
@@ -59,7 +60,6 @@ from pref_jax.losses.policy_gradient import (
     score_coefficients,
     sequence_log_ratios,
     step_advantages,
-    turn_advantages,
     value_loss,
 )
 from pref_jax.losses.reference_free import (
@@ -110,6 +110,7 @@ __all__ = [
     "clipped_surrogate_loss",
     "cluster_advantages",
     "coefficient_loss",
+    "combined_advantages",
     "cpo_loss",
     "denoising_loss",
     "dft_loss",
@@ -160,7 +161,6 @@ __all__ = [
     "sppo_loss",
     "step_advantages",
     "thresholded_loss",
-    "turn_advantages",
     "value_loss",
     "whitened_advantages",
     "xpo_loss",

@@ -1,8 +1,9 @@
 """What looks across the whole batch: statistics for unpaired losses, and AOT.
 
 Given a part of the batch these are other numbers, so inside a step that accumulates
-gradients over micro-batches they are an error. Devices need no care: under `jax.jit`
-an array is the global batch however it is sharded.
+gradients over micro-batches they are an error, seen while the step is traced: one that
+was compiled on its own before is not seen. Devices need no care: under `jax.jit` an
+array is the global batch however it is sharded.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def diffusion_dpo_loss(errors, *, anchor_errors, beta: float, where=None):
 
         loss = -log s(beta / 2 (g[w] - g[l]))
 
-    Source: Diffusion-DPO, arXiv:2311.12908, equation 14, with the factors of the
-    released code.
+    Source: Diffusion-DPO, arXiv:2311.12908, equation 14 (the number is not verified),
+    with the factors of the released code.
     Convention: the half, and a beta that holds the number of time steps (5000 in the
     launcher for Stable Diffusion 1.5), belong to errors that are means.
     Reduces to: `logistic_loss` of `denoising_reward` with half of beta.
@@ -197,39 +197,28 @@ def diffusion_dro_loss(errors, *, anchor_errors, threshold: float, where=None):
     """
     rewards = _pair_reward(errors, anchor_errors, beta=1.0)
     loss, metrics = thresholded_loss(rewards, threshold=threshold, where=where)
-    active = (-metrics["rewards/margin"] > threshold).astype(loss.dtype)
-    _, where = read_pair("errors", errors, where)
-    return loss, metrics | {"loss/active": fill(active, where)}
+    metrics["loss/active"] = (loss != threshold).astype(loss.dtype)
+    return results(loss, metrics, read_pair("errors", errors, where)[1])
 
 
-def dspo_loss(
-    predictions,
-    *,
-    target,
-    anchor_predictions,
-    errors,
-    anchor_errors,
-    beta: float,
-    where=None,
-):
+def dspo_loss(predictions, *, target, anchor_predictions, beta: float, where=None):
     """Moves the prediction for the preferred image by the score of the preference.
 
         p    = s(beta / 2 (g[w] - g[l]))
-        move = beta (1 - p) (predictions - anchor_predictions)
-        loss = mean over the image of (predictions - target - move)^2
+        move = beta (1 - p) (predictions[w] - anchor_predictions[w])
+        loss = mean over the image of (predictions[w] - target[w] - move)^2
 
     The gradient flows through p too, as in the released code.
 
     Source: DSPO (ICLR 2025), as its released code has it for Stable Diffusion 1.5; the
     paper's equation is not verified.
+    Reduces to: `denoising_loss` of the preferred image where the model is the anchor.
     Checked: one source, the authors' code as read.
 
     Args:
-      predictions: [..., H, W, C], of the noise of the preferred image.
+      predictions: [..., 2, H, W, C], of the noise. Preferred image in slot 0.
       target: as `predictions`: the noise that was added; no gradient.
       anchor_predictions: as `predictions`, of the frozen model; no gradient.
-      errors: f32[..., 2], of the trained model on both images. Preferred in slot 0.
-      anchor_errors: as `errors`, of the frozen model. No gradient reaches them.
       beta: positive.
       where: bool[...]. False drops the pair: loss 0, gradient 0, whatever it holds.
 
@@ -237,19 +226,22 @@ def dspo_loss(
       loss, f32[...], not reduced; the metrics of a pair of rewards beta / 2 g.
 
     Raises:
-      ValueError, TypeError: as `denoising_error` and `logistic_loss`.
+      ValueError: a shape does not fit, or `beta` is not positive.
+      TypeError: an array is not floating-point or `where` is not boolean.
 
-    >>> image = jnp.ones((4, 4, 1))
+    >>> images = jnp.ones((2, 4, 4, 1))
     >>> loss, _ = dspo_loss(
-    ...     image, target=0 * image, anchor_predictions=image, errors=jnp.ones(2),
-    ...     anchor_errors=jnp.ones(2), beta=0.01,
+    ...     images, target=0 * images, anchor_predictions=images, beta=0.01
     ... )
     >>> float(loss)
     1.0
     """
-    rewards = _pair_reward(errors, anchor_errors, beta) / 2
-    rewards, where = read_pair("errors", rewards, where)
-    margin = rewards[..., CHOSEN] - rewards[..., REJECTED]
+    if jnp.ndim(predictions) < 4 or jnp.shape(predictions)[-4] != 2:
+        raise ValueError(
+            f"`predictions` needs the shape [..., 2, H, W, C] (preferred, other); got "
+            f"{checks.describe(predictions)}."
+        )
+    anchor_predictions = jax.lax.stop_gradient(anchor_predictions)
     for name, array in (
         ("predictions", predictions),
         ("target", target),
@@ -257,16 +249,19 @@ def dspo_loss(
     ):
         checks.check_floating(name, array)
         checks.check_same_shape(name, array, like=predictions, of="predictions")
-    if jnp.ndim(predictions) < 3 or jnp.shape(predictions)[:-3] != margin.shape:
-        raise ValueError(
-            f"`predictions` needs the shape [..., H, W, C] with the leading axes of "
-            f"`errors`, {margin.shape}; got {checks.describe(predictions)}."
-        )
+    where = inclusion(where, shape=jnp.shape(predictions)[:-4], of="predictions")
     predictions, target, frozen = (
         fill(at_least_float32(x), where)
-        for x in (predictions, target, jax.lax.stop_gradient(anchor_predictions))
+        for x in (predictions, target, anchor_predictions)
     )
-    share = beta * jax.nn.sigmoid(-margin)[..., None, None, None]
-    moved = predictions - share * (predictions - frozen)
+    errors, anchor_errors = (
+        denoising_error(x, target=target) for x in (predictions, frozen)
+    )
+    rewards = _reward(errors, anchor_errors, beta) / 2
+    share = beta * jax.nn.sigmoid(rewards[..., REJECTED] - rewards[..., CHOSEN])
+    chosen, frozen, target = (
+        x[..., CHOSEN, :, :, :] for x in (predictions, frozen, target)
+    )
+    moved = chosen - share[..., None, None, None] * (chosen - frozen)
     loss = denoising_error(moved, target=target)
     return results(loss, pair_metrics(rewards), where)

@@ -91,8 +91,10 @@ def all_equal(values, there, axis):
     >>> all_equal(jnp.array([2.0, 2.0, 5.0]), there, 0).tolist()
     [True]
     """
-    highest = jnp.where(there, values, -jnp.inf).max(axis, keepdims=True)
-    return highest <= jnp.where(there, values, jnp.inf).min(axis, keepdims=True)
+    most, least = -jnp.inf, jnp.inf
+    most = jnp.where(there, values, most).max(axis, keepdims=True, initial=most)
+    least = jnp.where(there, values, least).min(axis, keepdims=True, initial=least)
+    return most <= least
 
 
 def pair_metrics(rewards) -> dict[str, jax.Array]:

@@ -213,21 +213,21 @@ def thresholded_loss(rewards, *, threshold: float, where=None):
 
     Args:
       rewards: f32[..., 2]. Expert in slot 0. Same unit as `threshold`.
-      threshold: finite.
+      threshold: a number; -inf never holds the gradient back.
       where: as in `logistic_loss`.
 
     Returns:
       As `logistic_loss`.
 
     Raises:
-      ValueError, TypeError: as `logistic_loss`; or `threshold` is not finite.
+      ValueError, TypeError: as `logistic_loss`; or `threshold` is NaN or inf.
 
     >>> rewards = jnp.array([[0.5, 0.0], [0.0, 0.5]])
     >>> thresholded_loss(rewards, threshold=-0.25)[0].tolist()
     [-0.25, 0.5]
     """
-    if not math.isfinite(threshold):
-        raise ValueError(f"`threshold` must be a finite number; got {threshold}.")
+    if not threshold < math.inf:
+        raise ValueError(f"`threshold` must be a number or -inf; got {threshold}.")
     rewards, where = read_pair("rewards", rewards, where)
     gap = -_margin(rewards)
     # Not jnp.maximum: it splits the gradient of a tie in halves. A NaN stays.

@@ -1,7 +1,7 @@
 """Advantages of sampled responses, and the surrogate that trains a policy on them.
 
 Three levels, one function: `clipped_surrogate_loss` takes log-ratios of tokens, of
-turns or of whole responses. How entries are averaged is `Method.weight`.
+steps or of whole responses. How entries are averaged is `Method.weight`.
 
     method       log-ratios               advantages                         weight
     GRPO         of tokens                `group_advantages`                 1 / length
@@ -9,24 +9,28 @@ turns or of whole responses. How entries are averaged is `Method.weight`.
     Dr. GRPO     of tokens, losses summed `centered_advantages`              1
                  over a constant length
     RLOO         of responses, summed     `leave_one_out_advantages`         1
-    REINFORCE++  of tokens                `centered_`, `whitened_advantages` 1
+    REINFORCE++  of tokens                `whitened_advantages` of           1
+                                          `discounted_returns`
+      baseline   of tokens                the same of `centered_advantages`  1
     GSPO         `sequence_log_ratios`    `group_advantages`                 1
-    GiGPO        of tokens                `turn_advantages` of the group's   1
-                                          and `cluster_advantages`
-    OPRL         of tokens or turns       `turn_advantages` of the group's   1
-                                          and `step_advantages`
-    PRIME        of tokens                `leave_one_out_advantages`         1
-    PPO          of tokens                `gae`                              1
+    GiGPO        of tokens                `combined_advantages` of           1
+                                          `centered_` and `cluster_`
+    OPRL         of tokens or steps       `combined_advantages` of           1
+                                          `group_` and `step_`
+    PRIME        of tokens                `leave_one_out_advantages` of      1
+                                          outcome + process rewards
+    PPO          of tokens                `whitened_advantages` of `gae`     1
 
-OPRL takes either advantage by any rule: turns are then one group, [..., N, S] as
-[..., N * S]. PRIME adds the rewards of tokens (`rewards.token_reward`) to the outcome
-first.
+A step is a turn of an agent. OPRL takes its advantages by any rule, once of outcomes
+and once of step rewards; the steps are then one group, [..., N, S] as [..., N * S].
 
 Advantages never carry a gradient. `where` is bool of the same shape as what it masks.
-`logps.spread_steps` gives the advantage of a turn to its tokens.
+`logps.spread_steps` gives the advantage of a step to its tokens.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +45,9 @@ from pref_jax.losses.entries import (
     results,
 )
 from pref_jax.numerics import at_least_float32, exp_or_tangent
+
+# Of (exp(-x) - 1 + x) / x^2, highest power first: exact in float64 up to |x| = 1.
+_SERIES = [(-1) ** k / math.factorial(k) for k in range(18, 1, -1)]
 
 
 def _read(name, array, where):
@@ -62,19 +69,34 @@ def _read_group(name, array, where, axes: int = 1):
     return jax.lax.stop_gradient(array), there
 
 
+def _read_beside(name, array, *, like, of):
+    """`read_constant` of one number, or of an array with as many axes as `like`.
+
+    With fewer, advantages [B, K] beside log-ratios [B, K, T] would meet the wrong axes
+    wherever sizes are equal.
+    """
+    if jnp.ndim(array) not in (0, like.ndim):
+        raise ValueError(
+            f"`{name}` needs one number, or as many axes as `{of}`, "
+            f"{checks.describe(like)}; got {checks.describe(array)}. Give it axes of "
+            f"size 1, as `{name}[..., None]`."
+        )
+    return read_constant(name, array, like=like, of=of)
+
+
 def _centre(values, there, axis):
     """Values less their mean over what is there, and how many there are."""
-    number = there.sum(axis, keepdims=True)
+    number = there.sum(axis, keepdims=True, dtype=values.dtype)
     mean = values.sum(axis, keepdims=True) / jnp.maximum(number, 1)
-    return jnp.where(there, values - mean, 0.0), number
+    # The mean of equal numbers is rounded, and division would make noise of the rest.
+    nothing = ~there | all_equal(values, there, axis)
+    return jnp.where(nothing, 0.0, values - mean), number
 
 
 def _standardise(values, there, axis, epsilon):
     centred, number = _centre(values, there, axis)
     variance = jnp.square(centred).sum(axis, keepdims=True) / jnp.maximum(number - 1, 1)
-    standardised = centred / (jnp.sqrt(variance) + epsilon)
-    # The mean of equal numbers is rounded, and epsilon would make noise of the rest.
-    return jnp.where(all_equal(values, there, axis), 0.0, standardised)
+    return centred / (jnp.sqrt(variance) + epsilon)
 
 
 def centered_advantages(rewards, *, where=None):
@@ -90,7 +112,7 @@ def centered_advantages(rewards, *, where=None):
       where: bool, broadcastable to `rewards`. False: not in the group.
 
     Returns:
-      f32[..., N], without gradient; 0 for a response alone.
+      f32[..., N], without gradient; 0 for equal rewards and for a response alone.
 
     Raises:
       ValueError: `where` does not fit.
@@ -139,7 +161,7 @@ def leave_one_out_advantages(rewards, *, where=None):
 
         A[i] = r[i] - mean of r[j] over j != i
 
-    Source: RLOO, arXiv:2402.14740, section 3.1.
+    Source: RLOO, arXiv:2402.14740 (the equation's number is not verified).
     Reduces to: n / (n - 1) times `centered_advantages`.
     Checked: one source, the paper's equation.
 
@@ -148,7 +170,7 @@ def leave_one_out_advantages(rewards, *, where=None):
       where: bool, broadcastable to `rewards`. False: not in the group.
 
     Returns:
-      f32[..., N], without gradient; 0 for a response alone.
+      f32[..., N], without gradient; 0 for equal rewards and for a response alone.
 
     Raises:
       ValueError: `where` does not fit.
@@ -165,25 +187,25 @@ def leave_one_out_advantages(rewards, *, where=None):
 def step_advantages(
     step_rewards, *, where=None, epsilon: float = 1e-6, floor: float = 0.0
 ):
-    """The reward of a turn, standardised over all turns of all episodes of a group.
+    """The reward of a step, standardised over all steps of all episodes of a group.
 
         A[i, t] = (r[i, t] - mean of r) / (deviation of r + epsilon)
         0 in a group with all |r| < floor
 
     Source: OPRL, arXiv:2509.19199v1, equation 4.
-    Convention: the released code takes one turn of each episode into the mean and
+    Convention: the released code takes one step of each episode into the mean and
     divides by the largest reward beforehand; the paper does neither.
     Checked: one source, the paper's equation.
 
     Args:
-      step_rewards: f32[..., N, S], of up to S turns of N episodes of one task.
-      where: bool, broadcastable to `step_rewards`. False: there is no such turn.
+      step_rewards: f32[..., N, S], of up to S steps of N episodes of one task.
+      where: bool, broadcastable to `step_rewards`. False: there is no such step.
       epsilon: unit of the rewards, positive.
       floor: unit of the rewards, 0 or more. A reward model that is still the policy has
         rewards near rounding, and standardised noise is as large as anything.
 
     Returns:
-      f32[..., N, S], without gradient; 0 for equal rewards and where no turn is.
+      f32[..., N, S], without gradient; 0 for equal rewards and where no step is.
 
     Raises:
       ValueError: `where` does not fit, there is one axis only, `epsilon` is not
@@ -198,13 +220,15 @@ def step_advantages(
     checks.check_positive("epsilon", epsilon)
     checks.check_not_negative("floor", floor)
     rewards, there = _read_group("step_rewards", step_rewards, where, axes=2)
-    says_nothing = jnp.abs(rewards).max((-2, -1), keepdims=True) < floor
+    largest = jnp.abs(rewards).max((-2, -1), keepdims=True, initial=0.0)
     advantages = _standardise(rewards, there, (-2, -1), epsilon)
-    return jnp.where(says_nothing, 0.0, advantages)
+    return jnp.where(largest < floor, 0.0, advantages)
 
 
-def turn_advantages(episode_advantages, *, step_advantages, alpha: float, where=None):
-    """The advantage of an episode, and of what each of its turns did for it.
+def combined_advantages(
+    episode_advantages, *, step_advantages, alpha: float, where=None
+):
+    """The advantage of an episode, and of what each of its steps did for it.
 
         A[i, t] = A_episode[i] + alpha A_step[i, t]
 
@@ -216,34 +240,36 @@ def turn_advantages(episode_advantages, *, step_advantages, alpha: float, where=
       episode_advantages: f32[..., N].
       step_advantages: f32[..., N, S].
       alpha: 0 or more.
-      where: bool, broadcastable to `step_advantages`. False: there is no such turn.
+      where: bool, broadcastable to `step_advantages`. False: there is no such step.
 
     Returns:
-      f32[..., N, S], without gradient; 0 where no turn is.
+      f32[..., N, S], without gradient; 0 where no step is.
 
     Raises:
       ValueError: a shape does not fit, or `alpha` is negative.
       TypeError: an array is not floating-point or `where` is not boolean.
 
-    >>> steps = jnp.array([[1.0, -1.0]])
-    >>> turn_advantages(jnp.array([0.5]), step_advantages=steps, alpha=1.0).tolist()
+    >>> of_steps = jnp.array([[1.0, -1.0]])
+    >>> combined_advantages(
+    ...     jnp.array([0.5]), step_advantages=of_steps, alpha=1.0
+    ... ).tolist()
     [[1.5, -0.5]]
     """
     checks.check_not_negative("alpha", alpha)
     steps, there = _read_group("step_advantages", step_advantages, where, axes=2)
     checks.check_floating("episode_advantages", episode_advantages)
-    checks.check_same_shape(
-        "episode_advantages",
-        episode_advantages,
-        like=steps[..., 0],
-        of="step_advantages[..., 0]",
-    )
+    if jnp.shape(episode_advantages) != steps.shape[:-1]:
+        raise ValueError(
+            f"`episode_advantages` needs the axes of `step_advantages` but the last, "
+            f"{steps.shape[:-1]}; got {checks.describe(episode_advantages)}."
+        )
     episodes = jax.lax.stop_gradient(at_least_float32(episode_advantages))[..., None]
-    return jnp.where(there, episodes + alpha * steps if alpha else episodes, 0.0)
+    both = jnp.where(alpha == 0, episodes, episodes + alpha * steps)
+    return jnp.where(there, both, 0.0)
 
 
 def cluster_advantages(returns, *, cluster_ids, where=None):
-    """The return of a turn less the mean return of turns in the same state.
+    """The return of a step less the mean return of steps in the same state.
 
         A[m] = R[m] - mean of R[j] over j with cluster_ids[j] == cluster_ids[m]
 
@@ -252,29 +278,32 @@ def cluster_advantages(returns, *, cluster_ids, where=None):
     Checked: one source, the paper's equation.
 
     Args:
-      returns: f32[..., M], discounted returns of the M turns of a group
+      returns: f32[..., M], discounted returns of the M steps of a group
         (`discounted_returns`).
       cluster_ids: i32, broadcastable to `returns`: equal for equal observations.
-      where: bool, broadcastable to `returns`. False: there is no such turn.
+      where: bool, broadcastable to `returns`. False: there is no such step.
 
     Returns:
-      f32[..., M], without gradient; 0 for a turn whose state came once.
+      f32[..., M], without gradient; 0 for a step whose state came once.
 
     Raises:
       ValueError: a shape does not fit.
-      TypeError: `returns` is not floating-point or `where` is not boolean.
+      TypeError: `returns` is not floating-point, `cluster_ids` are not integers or
+        `where` is not boolean.
 
     >>> ids = jnp.array([5, 5, 2])
     >>> cluster_advantages(jnp.array([3.0, 1.0, 9.0]), cluster_ids=ids).tolist()
     [1.0, -1.0, 0.0]
     """
     returns, there = _read_group("returns", returns, where)
+    checks.check_integers("cluster_ids", cluster_ids)
     checks.check_broadcast("cluster_ids", cluster_ids, to=returns.shape, of="returns")
     ids = jnp.broadcast_to(cluster_ids, returns.shape)
     same = (ids[..., :, None] == ids[..., None, :]) & there[..., None, :]
-    total = jnp.where(same, returns[..., None, :], 0.0).sum(-1)
-    mean = total / jnp.maximum(same.sum(-1), 1)
-    return jnp.where(there, returns - mean, 0.0)
+    others = jnp.where(same, returns[..., None, :], 0.0)
+    mean = others.sum(-1) / jnp.maximum(same.sum(-1, dtype=returns.dtype), 1)
+    nothing = ~there | all_equal(others, same, -1)[..., 0]
+    return jnp.where(nothing, 0.0, returns - mean)
 
 
 def _backwards(step, first, *arrays):
@@ -289,7 +318,7 @@ def discounted_returns(rewards, *, discount: float, where=None):
 
         R[t] = r[t] + discount R[t + 1]
 
-    Source: the return of reinforcement learning; per turn: GiGPO, arXiv:2505.10978.
+    Source: the return of reinforcement learning; per step: GiGPO, arXiv:2505.10978.
     Checked: against rlax 0.1.9.
 
     Args:
@@ -309,13 +338,14 @@ def discounted_returns(rewards, *, discount: float, where=None):
     """
     checks.check_range("discount", discount, low=0.0, high=1.0, why="a share")
     rewards, there = _read_group("rewards", rewards, where)
+    discount = jnp.asarray(discount, rewards.dtype)
 
     def step(following, inputs):
         reward, is_there = inputs
         total = jnp.where(is_there, reward + discount * following, following)
         return total, jnp.where(is_there, total, 0.0)
 
-    return _backwards(step, jnp.zeros_like(rewards[..., 0]), rewards, there)
+    return _backwards(step, jnp.zeros_like(rewards.sum(-1)), rewards, there)
 
 
 def gae(
@@ -334,7 +364,8 @@ def gae(
         returns  = A + V
 
     Source: GAE, arXiv:1506.02438, equation 16.
-    Reduces to: `discounted_returns` less the values at a gae_lambda of 1.
+    Reduces to: `discounted_returns` less the values at a gae_lambda of 1 and a
+    last_value of 0.
     Checked: against rlax 0.1.9.
 
     Args:
@@ -364,9 +395,10 @@ def gae(
         checks.check_range(name, value, low=0.0, high=1.0, why="a share")
     rewards, there = _read_group("rewards", rewards, where)
     checks.check_same_shape("values", values, like=rewards, of="rewards")
-    values = read_constant("values", values, like=rewards, of="rewards", where=there)
-    first = read_constant(
-        "last_value", last_value, like=rewards[..., 0], of="rewards[..., 0]"
+    values = _read_beside("values", values, like=rewards, of="rewards")
+    first = _read_beside("last_value", last_value, like=rewards.sum(-1), of="episodes")
+    discount, gae_lambda = (
+        jnp.asarray(x, rewards.dtype) for x in (discount, gae_lambda)
     )
 
     def step(carry, inputs):
@@ -396,7 +428,8 @@ def sequence_log_ratios(token_log_ratios, *, where):
       where: bool, broadcastable to it. True: a token of the response.
 
     Returns:
-      f32[...], for `clipped_surrogate_loss`.
+      f32[...], for `clipped_surrogate_loss`; 0, a ratio of 1, for a response without
+      tokens: leave it out there.
 
     Raises:
       ValueError, TypeError: as `logps.response_mean`.
@@ -423,7 +456,7 @@ def clipped_surrogate_loss(
         loss = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
         where A < 0 and `dual_clip` is given: min(that, -A dual_clip)
 
-    The exponential is continued by its tangent above an exponent of 40.
+    The exponential is continued by its tangent above an exponent of 30.
 
     Source: PPO, arXiv:1707.06347, equation 7; two clips: DAPO, arXiv:2503.14476; dual
     clip: arXiv:1912.09729, equation 5 (the number is not verified).
@@ -431,17 +464,19 @@ def clipped_surrogate_loss(
     0.1.9 in value and gradient.
 
     Args:
-      log_ratios: f32[...], nats: policy minus behaviour policy, of tokens, turns
+      log_ratios: f32[...], nats: policy minus behaviour policy, of tokens, steps
         (`logps.step_sum`) or responses (`sequence_log_ratios`).
-      advantages: f32, broadcastable to `log_ratios`; no gradient.
-      clip_low: in [0, 1].
-      clip_high: 0 or more.
-      dual_clip: above 1, bounds the loss of bad responses that have become likely.
+      advantages: f32, broadcastable to `log_ratios`, with all its axes; no gradient.
+      clip_low: in [0, 1]; 1: none.
+      clip_high: 0 or more; inf: none.
+      dual_clip: above 1 + clip_high, bounds the loss of bad responses that have become
+        likely.
       where: bool, broadcastable to `log_ratios`. False: loss 0, gradient 0.
 
     Returns:
-      loss, f32[...], not reduced; metrics `ratio/value`, and `ratio/clipped`, 1 where a
-      clip holds the gradient back.
+      loss, f32[...], not reduced; metrics `ratio/value`, and 1 where a clip holds the
+      gradient back: `ratio/clipped_low`, `ratio/clipped_high` and, with a dual clip,
+      `ratio/clipped_dual`.
 
     Raises:
       ValueError: a shape does not fit or a number is out of range.
@@ -451,64 +486,77 @@ def clipped_surrogate_loss(
     ...     jnp.array([0.0, 1.0]), advantages=jnp.array([2.0, 2.0]), clip_low=0.2,
     ...     clip_high=0.2,
     ... )
-    >>> [round(float(x), 4) for x in loss], metrics["ratio/clipped"].tolist()
+    >>> [round(float(x), 4) for x in loss], metrics["ratio/clipped_high"].tolist()
     ([-2.0, -2.4], [0.0, 1.0])
     """
     checks.check_range("clip_low", clip_low, low=0.0, high=1.0, why="of a ratio")
-    checks.check_not_negative("clip_high", clip_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"`dual_clip` must be above 1; got {dual_clip}.")
+    checks.check_range("clip_high", clip_high, low=0.0, high=math.inf, why="of a ratio")
+    if dual_clip is not None and not dual_clip > 1 + clip_high:
+        raise ValueError(
+            f"`dual_clip` must be above 1 + `clip_high`, {1 + clip_high}; got "
+            f"{dual_clip}."
+        )
     log_ratios, there = _read("log_ratios", log_ratios, where)
-    advantages = read_constant(
-        "advantages", advantages, like=log_ratios, of="log_ratios", where=there
+    advantages = _read_beside(
+        "advantages", advantages, like=log_ratios, of="log_ratios"
     )
     ratio = exp_or_tangent(log_ratios)
-    free = -advantages * ratio
-    bound = -advantages * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    clipped = bound > free
-    loss = jnp.where(clipped, bound, free)
+    low, high = 1 - clip_low, 1 + clip_high
+    clipped = {
+        "low": (advantages < 0) & (ratio < low),
+        "high": (advantages > 0) & (ratio > high),
+    }
+    loss = -advantages * jnp.where(clipped["low"], low, ratio)
+    loss = jnp.where(clipped["high"], -advantages * high, loss)
     if dual_clip is not None:
-        ceiling = -advantages * dual_clip
-        over = (advantages < 0) & (loss > ceiling)
-        loss = jnp.where(over, ceiling, loss)
-        clipped |= over
-    metrics = {"ratio/value": ratio, "ratio/clipped": clipped.astype(loss.dtype)}
+        clipped["dual"] = (advantages < 0) & (ratio > dual_clip)
+        loss = jnp.where(clipped["dual"], -advantages * dual_clip, loss)
+    metrics = {"ratio/value": ratio} | {
+        f"ratio/clipped_{name}": held.astype(loss.dtype)
+        for name, held in clipped.items()
+    }
     return results(loss, metrics, there)
 
 
-def value_loss(values, *, returns, old_values, clip: float, where=None):
-    """A critic's squared error, with the step from its old values clipped.
+def value_loss(
+    values, *, returns, old_values=None, clip: float | None = None, where=None
+):
+    """A critic's squared error, with the step from its old values clipped if asked.
 
-        loss = 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
+        loss = 1/2 (V - R)^2
+        with a clip: 1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
 
     Source: the reference implementation of PPO, arXiv:1707.06347; not in the paper.
     Checked: one source, common implementations as read.
 
     Args:
       values: f32[...].
-      returns: f32, broadcastable to `values`; no gradient.
-      old_values: f32, broadcastable to `values`: of the critic that made the returns.
-      clip: unit of the values, positive.
+      returns: f32, broadcastable to `values`, with all its axes; no gradient.
+      old_values: as `returns`: of the critic that made the returns.
+      clip: unit of the values, positive. Needs `old_values`, and they need it.
       where: bool, broadcastable to `values`. False: loss 0, gradient 0.
 
     Returns:
-      loss, f32[...], not reduced; metric `values/clipped`, 1 where the clip decides.
+      loss, f32[...], not reduced; with a clip the metric `values/clipped`, 1 where it
+      decides.
 
     Raises:
-      ValueError: a shape does not fit, or `clip` is not positive.
+      ValueError: a shape does not fit, `clip` is not positive, or `old_values` and
+        `clip` do not come together.
       TypeError: `values` is not floating-point or `where` is not boolean.
 
-    >>> loss, _ = value_loss(jnp.array([2.0]), returns=1.0, old_values=1.5, clip=0.25)
-    >>> loss.tolist()
+    >>> value_loss(jnp.array([2.0]), returns=1.0)[0].tolist()
     [0.5]
     """
-    checks.check_positive("clip", clip)
     values, there = _read("values", values, where)
-    returns, old = (
-        read_constant(name, array, like=values, of="values", where=there)
-        for name, array in (("returns", returns), ("old_values", old_values))
-    )
+    returns = _read_beside("returns", returns, like=values, of="values")
     free = jnp.square(values - returns)
+    if clip is None and old_values is None:
+        return results(0.5 * free, {}, there)
+    if clip is None or old_values is None:
+        raise ValueError("`old_values` and `clip` belong together; got one of them.")
+    checks.check_positive("clip", clip)
+    old = _read_beside("old_values", old_values, like=values, of="values")
     bound = jnp.square(jnp.clip(values, old - clip, old + clip) - returns)
     clipped = bound > free
     loss = 0.5 * jnp.where(clipped, bound, free)
@@ -574,13 +622,12 @@ def kl_k3(log_ratios, *, where=None):
     >>> round(float(kl_k3(jnp.array(1.0))), 4)
     0.3679
     """
-    log_ratios, _ = _read("log_ratios", log_ratios, where)
-    # Where expm1 keeps digits, and is finite. Not jnp.maximum: it halves the slope.
-    near = jnp.where(log_ratios < -1, -1.0, log_ratios)
-    growth = jnp.where(
-        log_ratios < -1, exp_or_tangent(-log_ratios) - 1, jnp.expm1(-near)
-    )
-    return growth + log_ratios
+    x, _ = _read("log_ratios", log_ratios, where)
+    # Near 0 the terms cancel, in value and in slope. Not jnp.clip: it halves slopes.
+    near = jnp.abs(x) < 1
+    small = jnp.where(near, x, 0.0)
+    series = jnp.square(small) * jnp.polyval(jnp.asarray(_SERIES, x.dtype), small)
+    return jnp.where(near, series, exp_or_tangent(-x) - 1 + x)
 
 
 def score_coefficients(scores, *, loss_fn):
@@ -588,9 +635,9 @@ def score_coefficients(scores, *, loss_fn):
 
         coefficients = d sum(loss_fn(scores)) / d scores
 
-    An episode whose turns are separate groups does not fit one batch. Score all turns
+    An episode whose steps are separate groups does not fit one batch. Score all steps
     without gradient, add them up to episode scores (`logps.episode_sum`), and take this
-    derivative; then train each turn on `coefficient_loss` with its episode's
+    derivative; then train each step on `coefficient_loss` with its episode's
     coefficient: by the chain the gradient is that of the loss itself, exactly.
 
     Source: the chain rule.
@@ -615,6 +662,7 @@ def score_coefficients(scores, *, loss_fn):
         loss, metrics = loss_fn(scores)
         return loss.sum(), (loss, metrics)
 
+    scores = at_least_float32(scores)
     coefficients, (loss, metrics) = jax.grad(total, has_aux=True)(scores)
     return jax.lax.stop_gradient((coefficients, loss, metrics))
 
@@ -633,7 +681,7 @@ def coefficient_loss(logps, *, coefficients, where=None):
     gradient against rlax 0.1.9 in value and gradient.
 
     Args:
-      logps: f32[...], of turns: whatever the episode scores are sums of.
+      logps: f32[...], of steps: whatever the episode scores are sums of.
       coefficients: f32, broadcastable to `logps`, of `score_coefficients`, times beta
         if scores are beta times log-ratios; no gradient.
       where: bool, broadcastable to `logps`. False: loss 0, gradient 0.
@@ -650,7 +698,5 @@ def coefficient_loss(logps, *, coefficients, where=None):
     [-1.0]
     """
     logps, there = _read("logps", logps, where)
-    coefficients = read_constant(
-        "coefficients", coefficients, like=logps, of="logps", where=there
-    )
+    coefficients = _read_beside("coefficients", coefficients, like=logps, of="logps")
     return results(coefficients * logps, {}, there)

@@ -15,6 +15,7 @@ from pref_jax.losses.entries import (
     accuracy,
     fill,
     inclusion,
+    pair_metrics,
     read_constant,
     read_pair,
     results,
@@ -113,7 +114,7 @@ def outcome_pairs_loss(scores, *, success, where=None):
     Source: OPRL, arXiv:2509.19199v1, equation 2, with all pairs of a group as in the
     released code.
     Convention: the mean of a group's pairs. The released code pools the pairs of a
-    batch: weight the groups by the metric `pairs/count`.
+    batch: weight the groups by their number, `pairs/count`.
     Reduces to: `logistic_loss` for one success and one failure.
     Checked: two sources, the paper and the authors' code as read; no outside value.
 
@@ -124,9 +125,9 @@ def outcome_pairs_loss(scores, *, success, where=None):
       where: bool, broadcastable to `scores`. False: the episode is not there.
 
     Returns:
-      loss, f32[...], not reduced, 0 for a group without a pair; metrics `pairs/count`,
-      the number of pairs, and `rewards/accuracy`, the share of them that scores order
-      (a tie counts one half; 0 without a pair).
+      loss, f32[...], not reduced, 0 for a group without a pair; the metrics of a pair,
+      each the mean over the pairs of the group, and `pairs/count`, their number.
+      Without a pair they are 0: weight them by the number.
 
     Raises:
       ValueError: a shape does not fit.
@@ -195,11 +196,15 @@ def _read_outcomes(scores, success, where):
 
 def _mean_of_pairs(scores, pair):
     """Bradley-Terry over the pairs (i, j) of bool[..., N, N], and the metrics."""
-    margin = scores[..., :, None] - scores[..., None, :]
-    number = pair.sum((-2, -1)).astype(scores.dtype)
+    number = pair.sum((-2, -1), dtype=scores.dtype)
+    chosen, rejected = (
+        jnp.where(pair, x, 0.0) for x in (scores[..., :, None], scores[..., None, :])
+    )
 
     def mean(values):
         return jnp.where(pair, values, 0.0).sum((-2, -1)) / jnp.maximum(number, 1)
 
-    loss = mean(-jax.nn.log_sigmoid(margin))
-    return loss, {"pairs/count": number, "rewards/accuracy": mean(accuracy(margin))}
+    rewards = jnp.stack([chosen, rejected], axis=-1)
+    metrics = {name: mean(x) for name, x in pair_metrics(rewards).items()}
+    loss = mean(-jax.nn.log_sigmoid(chosen - rejected))
+    return loss, metrics | {"pairs/count": number}

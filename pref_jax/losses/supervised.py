@@ -117,6 +117,7 @@ class Divergence:
         >>> [round(float(x)) for x in slope]
         [1, 100]
         """
+        v = at_least_float32(v)
         if self.lowest == -math.inf:
             return self.h(v), self.slope(v)
         low = jnp.asarray(self.lowest, v.dtype)
@@ -172,9 +173,7 @@ def _implicit_reward(logps, anchor_logps, beta, where):
     checks.check_floating("anchor_logps", anchor_logps)
     checks.check_same_shape("anchor_logps", anchor_logps, like=logps, of="logps")
     logps, where = _read_logps("logps", logps, where)
-    anchor_logps = read_constant(
-        "anchor_logps", anchor_logps, like=logps, of="logps", where=where
-    )
+    anchor_logps = read_constant("anchor_logps", anchor_logps, like=logps, of="logps")
     return beta * (logps - anchor_logps), where
 
 
@@ -236,8 +235,10 @@ def fsft_solved_loss(
 
         v = beta (logps - anchor_logps) + c;   loss = -(h(v) - c) / beta
 
-    with c = `partition`. At the c for which the weights h'(v) have mean 1, the mean
-    loss is 1 / beta times minus (divergence + beta KL(policy || anchor)), maximised.
+    with c = `partition`. The best c gives the weights h'(v) a mean of 1. Where c and
+    the policy are both the best, minus beta times the mean loss is the least value that
+    divergence + beta KL(policy || anchor) can have; elsewhere it is below that value,
+    and no estimate of what the policy has.
 
     Source: as `fsft_loss`.
     Looks across the batch: through `partition`, as a rule `solve_partition`. It carries
@@ -267,6 +268,6 @@ def fsft_solved_loss(
     [1.0]
     """
     v, where = _implicit_reward(logps, anchor_logps, beta, where)
-    c = read_constant("partition", partition, like=v, of="logps", where=where)
+    c = read_constant("partition", partition, like=v, of="logps")
     h, slope = divergence(v + c)
     return results(-(h - c) / beta, {"sft/weight": slope}, where)

@@ -125,6 +125,19 @@ def test_win_mass_is_the_probability_of_the_best():
     assert win_mass([0.0, -np.inf], [1.0, 0.0]) == 1.0
 
 
+def test_what_is_not_in_a_list_and_other_lists_change_no_win_mass():
+    where = np.array([True, True, False])
+    for spoiled in (np.nan, np.inf, -np.inf, 1e30, -1e30):
+        assert win_mass([0.0, 0, 0], [1, 2, spoiled], where=where) == pytest.approx(0.5)
+        assert win_mass([0.0, 0, spoiled], [1, 2, 0], where=where) == pytest.approx(0.5)
+    grades = [[1, 1.0001], [-1e15, 0]]
+    np.testing.assert_allclose(win_mass(np.zeros((2, 2)), grades), [0.5, 0.5])
+    assert win_mass([0.0, 0.0], [-np.inf, -3.0]) == pytest.approx(0.5)
+    assert np.isnan(win_mass([-np.inf, -np.inf], [1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"`grades` is NaN at \(1,\)"):
+        win_mass([0.0, 0.0], [1.0, np.nan])
+
+
 def test_win_mass_is_the_oracles_of_normalised_probabilities():
     rng = np.random.default_rng(2)
     logps, grades = rng.normal(size=(2, 20, 5))
@@ -140,9 +153,18 @@ def test_win_mass_is_the_oracles_of_normalised_probabilities():
         (1.0, 1.0, {}, ValueError, r"need one shape \[..., K\]"),
         ([1.0, np.nan], [1, 0], {}, ValueError, r"`scores` is NaN at \(1,\)"),
         ([1.0, 0.0], [np.nan, 0], {}, ValueError, r"`relevance` is NaN at \(0,\)"),
-        ([1.0, 0.0], [-1, 0], {}, ValueError, "`relevance` must be 0 or more"),
-        ([1.0, 0.0], [1, 0], {"k": 0}, ValueError, "`k` must be 1 or more; got 0"),
+        ([1.0, 0.0], [-1, 0], {}, ValueError, r"must lie in \[0, 1000\]; got -1.0"),
+        ([1.0, 0.0], [0, 1e4], {}, ValueError, r"must lie in \[0, 1000\]; got 10000.0"),
+        ([1.0, 0.0], [1, 0], {"k": 0}, ValueError, "`k` must be .* 1 or more; got 0"),
+        ([1.0, 0.0], [1, 0], {"k": 1.5}, ValueError, "`k` must be .*; got 1.5"),
         ([1.0], [1], {"where": np.ones(1)}, TypeError, "`where` needs booleans; got f"),
+        (
+            [1.0],
+            [1],
+            {"where": np.ones(2, bool)},
+            ValueError,
+            r"`where` needs .* broadcasts to \(1,\), that of `scores`; got \(2,\)",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(scores, relevance, options, error, message):

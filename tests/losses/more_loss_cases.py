@@ -80,9 +80,13 @@ def of_outcomes(*, matched):
     def metrics(x, kept):
         options = {"success": x["success"], "where": np.broadcast_to(kept, 4)}
         options["matched"] = matched
+        chosen, rejected = more_loss_oracles.outcome_pairs_means(x["scores"], **options)
         accuracy = more_loss_oracles.outcome_pairs_accuracy(x["scores"], **options)
         return {
             "pairs/count": more_loss_oracles.outcome_pairs_count(**options),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margin": chosen - rejected,
             "rewards/accuracy": accuracy,
         }
 
@@ -90,14 +94,19 @@ def of_outcomes(*, matched):
 
 
 def of_ratio(x):
-    """A clip, or the dual clip, holds the gradient back."""
+    """Which clip holds the gradient back."""
     clip = {k: x[k] for k in ("advantages", "clip_low", "clip_high")}
-    log_ratio = x["log_ratios"]
+    log_ratio, bad = x["log_ratios"], x["advantages"] < 0
     clipped = more_loss_oracles.surrogate_is_clipped(log_ratio, **clip)
-    dual_clip = x.get("dual_clip")
-    if dual_clip is not None and x["advantages"] < 0:
-        clipped = max(clipped, float(math.exp(log_ratio) > dual_clip))
-    return {"ratio/value": math.exp(log_ratio), "ratio/clipped": clipped}
+    metrics = {
+        "ratio/value": math.exp(log_ratio),
+        "ratio/clipped_low": clipped if bad else 0.0,
+        "ratio/clipped_high": 0.0 if bad else clipped,
+    }
+    if "dual_clip" in x:
+        over = bad and math.exp(log_ratio) > x["dual_clip"]
+        metrics["ratio/clipped_dual"] = float(over)
+    return metrics
 
 
 def of_value(x):

@@ -352,10 +352,11 @@ def test_the_gate_of_fresh_rollouts_is_the_drift_from_the_anchor():
 
 
 def dspo_inputs():
-    arrays = pictures("predictions", "target", "anchor_predictions")
+    """Predictions, noise and the anchor's predictions: two images, three pairs."""
     rng = np.random.default_rng(2)
-    pairs = rng.uniform(0, 2, (2, len(KEPT), 2)).astype(np.float32)
-    return arrays | {"errors": pairs[0], "anchor_errors": pairs[1]}
+    names = ("predictions", "target", "anchor_predictions")
+    shape = (len(KEPT), 2, *SHAPE[1:])
+    return {name: rng.normal(size=shape).astype(np.float32) for name in names}
 
 
 def dspo(arrays, where=None):
@@ -364,39 +365,50 @@ def dspo(arrays, where=None):
 
 
 def dspo_oracle(arrays):
-    out = []
-    for i in range(len(KEPT)):
-        one = {k: np.asarray(x)[i] for k, x in arrays.items()}
-        rewards = 0.8 * (one.pop("anchor_errors") - one.pop("errors"))
-        out.append(
-            oracles.dspo_loss(one.pop("predictions"), rewards=rewards, beta=0.8, **one)
-        )
-    return np.array(out)
+    """(losses, rewards beta g), one pair at a time."""
+    values, rewards = [], []
+    for pair in zip(*(np.asarray(x, float) for x in arrays.values()), strict=True):
+        of_pair = dict(zip(arrays, pair, strict=True))
+        gains = [
+            oracles.denoising_error(anchor, target=noise)
+            - oracles.denoising_error(image, target=noise)
+            for image, noise, anchor in zip(*pair, strict=True)
+        ]
+        rewards.append([0.8 * gain for gain in gains])
+        chosen = {name: x[0] for name, x in of_pair.items()}
+        image = chosen.pop("predictions")
+        values.append(oracles.dspo_loss(image, rewards=rewards[-1], beta=0.8, **chosen))
+    return np.array(values), np.array(rewards)
 
 
 def test_dspo_is_the_oracle_and_holds_the_metrics_of_half_rewards():
     arrays = dspo_inputs()
     loss, metrics = dspo(arrays)
-    np.testing.assert_allclose(loss, dspo_oracle(arrays), rtol=1e-5)
-    rewards = 0.4 * (arrays["anchor_errors"] - arrays["errors"])
-    np.testing.assert_allclose(metrics["rewards/chosen"], rewards[:, 0], rtol=1e-5)
-    np.testing.assert_allclose(metrics["rewards/rejected"], rewards[:, 1], rtol=1e-5)
+    expected, rewards = dspo_oracle(arrays)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for slot, name in enumerate(("chosen", "rejected")):
+        got = metrics[f"rewards/{name}"]
+        np.testing.assert_allclose(got, rewards[:, slot] / 2, rtol=1e-4)
 
 
-def test_the_gradient_of_dspo_goes_through_predictions_and_the_preference():
+def test_the_gradient_of_dspo_goes_through_both_predictions_alone():
     arrays = {k: x.astype(np.float64) for k, x in dspo_inputs().items()}
     with jax.enable_x64(True):
         given = jax.tree.map(jnp.asarray, arrays)
         gradients = jax.device_get(jax.grad(lambda x: dspo(x)[0].sum())(given))
-    for name in ("predictions", "errors"):
-        direction = np.random.default_rng(3).normal(size=arrays[name].shape)
+    for slot in (0, 1):
+        direction = np.zeros(arrays["predictions"].shape)
+        direction[:, slot] = np.random.default_rng(3).normal(size=SHAPE)
         sides = [
-            dspo_oracle(arrays | {name: arrays[name] + sign * 1e-6 * direction}).sum()
-            for sign in (1, -1)
+            dspo_oracle(
+                arrays | {"predictions": arrays["predictions"] + sign * direction}
+            )[0].sum()
+            for sign in (1e-6, -1e-6)
         ]
-        found = float((gradients[name] * direction).sum())
+        found = float((gradients["predictions"] * direction).sum())
         assert found == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-6)
-    for name in ("target", "anchor_predictions", "anchor_errors"):
+        assert abs(found) > 1e-3
+    for name in ("target", "anchor_predictions"):
         assert not gradients[name].any()
 
 
@@ -404,16 +416,15 @@ def test_a_policy_that_is_the_anchor_has_the_loss_of_plain_fine_tuning():
     arrays = dspo_inputs()
     arrays["anchor_predictions"] = arrays["predictions"]
     loss, _ = dspo(arrays)
-    expected = denoising_error(arrays["predictions"], target=arrays["target"])
+    errors = denoising_error(arrays["predictions"], target=arrays["target"])
+    expected, _ = losses.denoising_loss(errors[:, 0])
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_what_dspo_drops_changes_nothing_and_has_no_gradient():
     arrays = dspo_inputs()
-    spoiled = {
-        k: np.where(KEPT.reshape(3, *[1] * (x.ndim - 1)), x, np.nan)
-        for k, x in arrays.items()
-    }
+    there = KEPT[:, None, None, None, None]
+    spoiled = {k: np.where(there, x, np.nan) for k, x in arrays.items()}
 
     def total(arrays):
         loss, metrics = dspo(arrays, KEPT)
@@ -440,25 +451,31 @@ def test_dspo_under_jit_and_vmap_is_the_same():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"target": np.zeros(SHAPE[1:])}, ValueError, "`target` needs the shape of"),
+        ({"target": np.zeros(SHAPE)}, ValueError, "`target` needs the shape of"),
         (
-            {"anchor_predictions": np.zeros(SHAPE, int)},
+            {"anchor_predictions": np.zeros((3, 2, *SHAPE[1:]), int)},
             TypeError,
             "`anchor_predictions` needs floating-point",
         ),
-        ({"errors": np.zeros((4, 2))}, ValueError, "`anchor_errors` needs the shape"),
         (
-            {"errors": np.zeros((3, 3)), "anchor_errors": np.zeros((3, 3))},
+            {"anchor_predictions": np.zeros(SHAPE)},
             ValueError,
-            r"`errors` needs a last axis of 2",
+            "`anchor_predictions` needs the shape of `predictions`",
         ),
         (
-            {"errors": np.zeros((2, 2)), "anchor_errors": np.zeros((2, 2))},
+            {"predictions": np.zeros(SHAPE)},
             ValueError,
-            r"`predictions` needs .* leading axes of `errors`, \(2,\); got f32\[3, 4",
+            r"\[..., 2, H, W, C\] .*; got f",
+        ),
+        (
+            {"predictions": np.zeros((2, 4, 4))},
+            ValueError,
+            r"needs the shape \[..., 2, ",
         ),
     ],
 )
 def test_wrong_arguments_of_dspo_are_named(changes, error, message):
     with pytest.raises(error, match=message):
         dspo(dspo_inputs() | changes)
+    with pytest.raises(ValueError, match="`beta` must be positive"):
+        losses.dspo_loss(**dspo_inputs(), beta=0.0)

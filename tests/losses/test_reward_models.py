@@ -135,7 +135,24 @@ def test_a_group_without_both_outcomes_has_no_loss_gradient_or_accuracy(outcome)
     scores = jnp.array([3.0, -1.0, 1e4])
     (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(scores)
     assert loss == 0.0 and not gradient.any()
-    assert metrics == {"pairs/count": 0.0, "rewards/accuracy": 0.0}
+    assert not any(metrics.values()) and len(metrics) == 5
+
+
+@pytest.mark.parametrize("name", ["outcome_pairs_loss", "matched_outcomes_loss"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_an_episode_without_a_pair_reaches_no_gradient_whatever_it_holds(name, bad):
+    def total(scores, success):
+        return getattr(losses, name)(scores, success=success)[0]
+
+    alone = jnp.array([1.0, bad, 2.0])
+    assert not jax.grad(total)(alone, np.ones(3, bool)).any()
+    # Infinite beside others of its kind: their pairs are finite, and so are slopes.
+    if name == "matched_outcomes_loss":
+        slope = jax.grad(total)(alone, np.array([True, True, False]))
+        np.testing.assert_allclose(slope, [-s(1.0), 0.0, s(1.0)], rtol=1e-6)
+    else:
+        loss = total(alone, np.array([True, True, False]))
+        assert np.isnan(bad) == np.isnan(loss)
 
 
 def test_an_outcome_that_is_dropped_makes_no_pairs():
