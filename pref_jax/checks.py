@@ -84,25 +84,26 @@ def check_integers(name: str, array) -> None:
         raise TypeError(f"`{name}` needs integers; got {describe(array)}.")
 
 
-def _is_known(value) -> bool:
+def is_known(value) -> bool:
+    """Whether `value` is a number now, and no argument of what is being compiled."""
     return not isinstance(value, jax.core.Tracer)
 
 
 def check_range(name: str, value: float, *, low: float, high: float, why: str) -> None:
     """Raise unless a number lies in [low, high]."""
-    if _is_known(value) and not low <= value <= high:
+    if is_known(value) and not low <= value <= high:
         raise ValueError(f"`{name}` must lie in [{low}, {high}] ({why}); got {value}.")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raise unless a number is positive and finite."""
-    if _is_known(value) and not 0 < value < float("inf"):
+    if is_known(value) and not 0 < value < float("inf"):
         raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 
 
 def check_not_negative(name: str, value: float) -> None:
     """Raise unless a number is at least 0 and finite."""
-    if _is_known(value) and not 0 <= value < float("inf"):
+    if is_known(value) and not 0 <= value < float("inf"):
         raise ValueError(f"`{name}` must be 0 or more, and finite; got {value}.")
 
 

@@ -179,7 +179,7 @@ def alpha_divergence_reward(
     0.1264
     """
     checks.check_positive("beta", beta)
-    if not 0 <= alpha < 1:
+    if checks.is_known(alpha) and not 0 <= alpha < 1:
         raise ValueError(
             f"`alpha` must lie in [0, 1): at 1 the divergence is the reverse KL, "
             f"`implicit_reward`; got {alpha}."

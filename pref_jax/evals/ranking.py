@@ -183,7 +183,7 @@ def reciprocal_rank(scores, relevance, *, where=None):
     # the chance of that, one place after the other.
     chance, found = np.ones(tied.shape), np.zeros(tied.shape)
     for place in range(1, scores.shape[-1] + 1):
-        hit = np.minimum(hits / np.maximum(tied - place + 1, 1), 1.0)
+        hit = hits / np.maximum(tied - place + 1, 1)
         found += chance * hit / (above + place)
         chance *= 1 - hit
     return np.where(relevant.any(-1), found, np.nan)

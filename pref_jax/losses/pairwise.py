@@ -121,7 +121,7 @@ def robust_loss(rewards, *, flip_rate: float, where=None):
     >>> round(float(loss), 4)
     0.1883
     """
-    if not 0 <= flip_rate < 0.5:
+    if checks.is_known(flip_rate) and not 0 <= flip_rate < 0.5:
         raise ValueError(
             f"`flip_rate` must lie in [0, 0.5): at one half labels say nothing; got "
             f"{flip_rate}."
@@ -226,7 +226,7 @@ def thresholded_loss(rewards, *, threshold: float, where=None):
     >>> thresholded_loss(rewards, threshold=-0.25)[0].tolist()
     [-0.25, 0.5]
     """
-    if not threshold < math.inf:
+    if checks.is_known(threshold) and not threshold < math.inf:
         raise ValueError(f"`threshold` must be a number or -inf; got {threshold}.")
     rewards, where = read_pair("rewards", rewards, where)
     gap = -_margin(rewards)
@@ -424,7 +424,7 @@ def exo_loss(rewards, *, label_smoothing: float, where=None):
     0.0
     """
     _check_flips("label_smoothing", label_smoothing)
-    if label_smoothing == 0:
+    if checks.is_known(label_smoothing) and label_smoothing == 0:
         raise ValueError(
             "`label_smoothing` must be positive: the divergence from a hard label is "
             "infinite; got 0. The paper's experiments take 0.001."
@@ -432,8 +432,8 @@ def exo_loss(rewards, *, label_smoothing: float, where=None):
     rewards, where = read_pair("rewards", rewards, where)
     h = _margin(rewards)
     log_p, log_q = jax.nn.log_sigmoid(h), jax.nn.log_sigmoid(-h)
-    loss = jnp.exp(log_p) * (log_p - math.log1p(-label_smoothing))
-    loss += jnp.exp(log_q) * (log_q - math.log(label_smoothing))
+    loss = jnp.exp(log_p) * (log_p - jnp.log1p(-label_smoothing))
+    loss += jnp.exp(log_q) * (log_q - jnp.log(label_smoothing))
     return results(loss, pair_metrics(rewards), where)
 
 

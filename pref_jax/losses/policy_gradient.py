@@ -491,7 +491,8 @@ def clipped_surrogate_loss(
     """
     checks.check_range("clip_low", clip_low, low=0.0, high=1.0, why="of a ratio")
     checks.check_range("clip_high", clip_high, low=0.0, high=math.inf, why="of a ratio")
-    if dual_clip is not None and not dual_clip > 1 + clip_high:
+    known = checks.is_known(dual_clip) and checks.is_known(clip_high)
+    if dual_clip is not None and known and not dual_clip > 1 + clip_high:
         raise ValueError(
             f"`dual_clip` must be above 1 + `clip_high`, {1 + clip_high}; got "
             f"{dual_clip}."

@@ -96,7 +96,7 @@ def binary_outcome_loss(rewards, *, labels, where=None):
     rewards = at_least_float32(rewards)
     where = inclusion(where, shape=rewards.shape, of="rewards")
     rewards = fill(rewards, where)
-    labels = read_constant("labels", labels, like=rewards, of="rewards", where=where)
+    labels = read_constant("labels", labels, like=rewards, of="rewards")
     loss = -labels * jax.nn.log_sigmoid(rewards)
     loss -= (1 - labels) * jax.nn.log_sigmoid(-rewards)
     metrics = {

@@ -113,6 +113,36 @@ def test_the_best_order_is_best_and_a_shift_of_scores_changes_nothing(name):
         assert best == 1.0
 
 
+@pytest.mark.parametrize("function", [ndcg, recall, mean_relevance])
+def test_no_measure_counts_fewer_ranks_than_one(function):
+    with pytest.raises(ValueError, match="`k` must be an integer of 1 or more; got 0"):
+        function([1.0, 0.0], [1, 0], k=0)
+
+
+@every_measure
+def test_a_list_of_one_item_is_a_list(name):
+    function, options = MEASURES[name]
+    assert function([0.3], [1], **options) == 1.0
+    there = np.array([True, False])
+    assert function([0.3, 9.0], [1, 0], where=there, **options) == 1.0
+
+
+@every_measure
+def test_lists_of_no_item_have_no_measure(name):
+    function, options = MEASURES[name]
+    assert np.isnan(function(np.zeros((2, 0)), np.zeros((2, 0)), **options)).all()
+    assert np.isnan(win_mass(np.zeros((2, 0)), np.zeros((2, 0)))).all()
+
+
+def test_an_item_that_is_not_there_ties_with_none():
+    """The last that is there has the score of the first that is not."""
+    scores, relevance = [2.0, 1.0, 1.0, 1.0], [0, 1, 0, 0]
+    where = np.array([True, True, False, False])
+    expected = ndcg(scores[:2], relevance[:2], k=4)
+    assert ndcg(scores, relevance, k=4, where=where) == pytest.approx(expected)
+    assert recall(scores, relevance, k=2, where=where) == 1.0
+
+
 def test_win_mass_is_the_probability_of_the_best():
     logps = np.log([0.1, 0.2, 0.1])
     assert win_mass(logps, [0.0, 7.0, 6.0]) == pytest.approx(0.5)
@@ -150,6 +180,7 @@ def test_win_mass_is_the_oracles_of_normalised_probabilities():
     ("scores", "relevance", "options", "error", "message"),
     [
         ([1.0], [1, 0], {}, ValueError, r"need one shape .*; got \(1,\) and \(2,\)"),
+        ([1.0, 0.0], [1], {}, ValueError, r"need one shape .*; got \(2,\) and \(1,\)"),
         (1.0, 1.0, {}, ValueError, r"need one shape \[..., K\]"),
         ([1.0, np.nan], [1, 0], {}, ValueError, r"`scores` is NaN at \(1,\)"),
         ([1.0, 0.0], [np.nan, 0], {}, ValueError, r"`relevance` is NaN at \(0,\)"),

@@ -1,5 +1,6 @@
 """What holds for every loss: its oracle, its gradient, what is dropped, extremes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -393,6 +394,19 @@ def test_swapping_the_pair_negates_the_margin(case):
     assert_close(got["rewards/chosen"], metrics["rewards/rejected"])
     flipped = np.where(case.kept, 1 - metrics["rewards/accuracy"], 0.0)
     np.testing.assert_array_equal(got["rewards/accuracy"], flipped)
+
+
+@cases(lambda case: any(isinstance(x, float) for x in case.options.values()))
+def test_numbers_may_be_arguments_of_what_is_compiled(case):
+    """A schedule of beta compiles once."""
+    arrays, results, _ = usual(case.id)
+    numbers = {k: x for k, x in case.options.items() if isinstance(x, float)}
+
+    def call(numbers):
+        traced = dataclasses.replace(case, options=case.options | numbers)
+        return traced.call(arrays, case.kept)
+
+    assert_close(jax.jit(call)(numbers), results)
 
 
 # --- errors ---------------------------------------------------------------------------

@@ -325,6 +325,12 @@ def test_whitened_advantages_are_the_oracles():
     assert kept.std() == pytest.approx(1.0, rel=1e-5)
 
 
+def test_a_smallest_variance_keeps_noise_from_being_whitened():
+    got = losses.whitened_advantages(jnp.array([1e-5, -1e-5]))
+    expected = 1e-5 / math.sqrt(1e-10 + 1e-8)
+    np.testing.assert_allclose(got, [expected, -expected], rtol=1e-5)
+
+
 def test_whitened_advantages_of_equals_are_zero_and_have_no_gradient():
     for equal in (0.1, 123.4):
         got = losses.whitened_advantages(jnp.full((3, 7), equal))

@@ -1,6 +1,7 @@
 """Losses of diffusion models: errors of pictures, and what they reduce to."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,31 @@ def test_diffusion_dpo_is_the_logistic_loss_of_half_the_reward():
         found,
         losses.logistic_loss(rewards),
     )
+
+
+def test_images_of_both_kinds_weigh_alike_by_default():
+    loss, _ = losses.diffusion_kto_loss(
+        jnp.array([0.5, 0.5]),
+        anchor_errors=jnp.array([0.6, 0.4]),
+        desirable=jnp.array([True, False]),
+        beta=10.0,
+        kl=0.0,
+    )
+    np.testing.assert_allclose(loss, [1 / (1 + math.e)] * 2, rtol=1e-5)
+
+
+def test_the_gate_is_open_without_a_threshold_and_says_so_of_nan():
+    errors = jnp.array([[0.0, 5.0], [0.2, 0.1], [jnp.nan, 0.0]])
+    loss, metrics = losses.diffusion_dro_loss(
+        errors, anchor_errors=jnp.zeros((3, 2)), threshold=-math.inf
+    )
+    np.testing.assert_allclose(loss, [-5.0, 0.1, np.nan], rtol=1e-6)
+    assert metrics["loss/active"].tolist() == [1.0, 1.0, 1.0]
+    gated, metrics = losses.diffusion_dro_loss(
+        errors, anchor_errors=jnp.zeros((3, 2)), threshold=-5.0
+    )
+    assert gated[0] == -5.0 and np.isnan(gated[2])
+    assert metrics["loss/active"].tolist() == [0.0, 1.0, 1.0]
 
 
 def test_the_mean_gain_of_a_batch_is_the_reference_point_of_its_rewards():

@@ -162,6 +162,21 @@ def test_a_divergence_of_ones_own_is_taken():
     np.testing.assert_allclose(loss, [expected], rtol=1e-5)
 
 
+def test_a_divergence_without_an_end_is_continued_nowhere():
+    own = losses.Divergence(
+        "own", lambda v: -jnp.expm1(-v), lambda v: jnp.exp(-v), -math.inf
+    )
+    h, slope = own(jnp.array([-3.0, 0.0, 2.0]))
+    np.testing.assert_allclose(h, [1 - math.exp(3), 0.0, 1 - math.exp(-2)], rtol=1e-6)
+    np.testing.assert_allclose(slope, np.exp([3.0, 0.0, -2.0]), rtol=1e-6)
+
+
+@every_divergence
+def test_a_divergence_is_a_static_argument_and_takes_numbers(divergence):
+    call = jax.jit(lambda v, divergence: divergence(v)[0], static_argnames="divergence")
+    assert call(0.5, divergence=divergence) == divergence(0.5)[0]
+
+
 # --- bandits --------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Advantages, the clipped surrogate, the critic's loss, estimates of a KL."""
+"""Advantages, the clipped surrogate, a critic, estimates of a KL, two passes."""
 
 import decimal
 import functools
@@ -280,6 +280,51 @@ def test_wrong_advantages_of_steps_are_named(changes, error, message):
 def test_epsilon_is_positive(name, epsilon):
     with pytest.raises(ValueError, match="`epsilon` must be positive and finite"):
         getattr(losses, name)(rewards(), epsilon=epsilon)
+
+
+def test_by_default_epsilon_is_of_no_account_beside_usual_rewards():
+    given = jnp.array([[0.0, 1.0, 1.0, 0.0]])
+    expected = np.array([[-1, 1, 1, -1]]) * 0.5 * 3**0.5
+    for name in ("group_advantages", "step_advantages"):
+        found = getattr(losses, name)(given)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["group_advantages", "discounted_returns"])
+def test_a_number_is_no_group(name):
+    with pytest.raises(
+        ValueError, match=r"`rewards` needs at least 1 axes; got f32\[\]"
+    ):
+        call(name, np.float32(0.0))
+
+
+def test_a_group_of_no_one_has_no_advantages():
+    assert losses.group_advantages(np.zeros((2, 0), np.float32)).shape == (2, 0)
+    found = losses.step_advantages(np.zeros((2, 3, 0), np.float32))
+    assert found.shape == (2, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (np.zeros(3, int), ValueError, r"`cluster_ids` needs a shape that broadcasts"),
+        (np.zeros(4), TypeError, r"`cluster_ids` needs integers; got f32\[4\]"),
+    ],
+)
+def test_wrong_clusters_are_named(ids, error, message):
+    with pytest.raises(error, match=message):
+        losses.cluster_advantages(rewards(), cluster_ids=ids)
+
+
+def test_advantages_promote_nothing_by_themselves():
+    """Counts are of the type of the rewards, and numbers of NumPy do not widen them."""
+    with jax.numpy_dtype_promotion("strict"):
+        for name in GROUPED:
+            assert call(name, jnp.asarray(rewards()), KEPT).dtype == jnp.float32
+    with jax.enable_x64(True):
+        options = {"discount": np.float64(0.9), "gae_lambda": np.float64(0.5)}
+        found, _ = losses.gae(rewards(), values=VALUES, **options)
+        assert found.dtype == jnp.float32
 
 
 def test_one_cluster_is_the_whole_group_and_a_cluster_of_one_is_zero():
@@ -623,3 +668,66 @@ def test_minus_the_advantage_as_coefficient_is_the_surrogate_at_a_ratio_of_one()
         return losses.clipped_surrogate_loss(x - logps, **options)[0].sum()
 
     np.testing.assert_array_equal(jax.grad(first)(logps), jax.grad(second)(logps))
+
+
+# --- two passes -----------------------------------------------------------------------
+
+
+def episodes(seed=0):
+    """Log-ratios [N, S] of turns as a function of parameters, and which exist."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(5, 3, 4)).astype(np.float32)
+    where = np.arange(3) < np.array([3, 1, 2, 3, 2])[:, None]
+    success = np.array([True, False, True, False, False])
+
+    def log_ratios(params):
+        return jnp.tanh(jnp.asarray(features) @ params) * params.sum()
+
+    return log_ratios, where, success, jnp.array([0.3, -0.5, 1.0, 0.2])
+
+
+def test_the_gradient_in_two_passes_is_the_gradient_in_one():
+    log_ratios, where, success, params = episodes()
+    beta = 0.7
+
+    def loss_fn(scores):
+        return losses.outcome_pairs_loss(scores, success=success)
+
+    def one_pass(params):
+        return loss_fn(beta * jnp.where(where, log_ratios(params), 0.0).sum(-1))[0]
+
+    value, expected = jax.value_and_grad(one_pass)(params)
+    scores = beta * jnp.where(where, log_ratios(params), 0.0).sum(-1)
+    coefficients, loss, metrics = losses.score_coefficients(scores, loss_fn=loss_fn)
+    assert loss == value and metrics["pairs/count"] == 6.0
+    # Turn by turn, as groups of their own in another order.
+    turns = np.random.default_rng(1).permutation(np.argwhere(where))
+
+    def of_turns(params, turns):
+        i, t = turns.T
+        logps = log_ratios(params)[i, t]
+        loss, _ = losses.coefficient_loss(logps, coefficients=beta * coefficients[i])
+        return loss.sum()
+
+    found = sum(jax.grad(of_turns)(params, part) for part in np.split(turns, [4, 7]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected).max() > 0.05
+
+
+def test_coefficients_are_slopes_without_a_gradient_of_their_own():
+    def loss_fn(scores):
+        return jnp.square(scores).sum(-1), {"sum": scores.sum(-1)}
+
+    def coefficients(scores):
+        return losses.score_coefficients(scores, loss_fn=loss_fn)
+
+    scores = jnp.array([[1.0, -2.0], [0.5, 0.0]])
+    found, loss, metrics = coefficients(scores)
+    np.testing.assert_array_equal(found, 2 * scores)
+    np.testing.assert_array_equal(loss, [5.0, 0.25])
+    np.testing.assert_array_equal(metrics["sum"], [-1.0, 0.5])
+    for part in range(3):
+        slope = jax.grad(
+            lambda x, i=part: sum(map(jnp.sum, jax.tree.leaves(coefficients(x)[i])))
+        )
+        assert not slope(scores).any()

@@ -1,4 +1,4 @@
-"""Losses of reward models: arithmetic, outcomes in pairs, two passes as one."""
+"""Losses of reward models: arithmetic, outcomes in pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -162,70 +162,6 @@ def test_an_outcome_that_is_dropped_makes_no_pairs():
     loss, metrics = losses.outcome_pairs_loss(scores, where=where, **options)
     np.testing.assert_allclose(loss, nls(1.0), rtol=1e-6)
     assert metrics["pairs/count"] == 1.0
-
-
-def episodes(seed=0):
-    """Log-ratios [N, S] of turns as a function of parameters, and which exist."""
-    rng = np.random.default_rng(seed)
-    features = rng.normal(size=(5, 3, 4)).astype(np.float32)
-    where = np.arange(3) < np.array([3, 1, 2, 3, 2])[:, None]
-    success = np.array([True, False, True, False, False])
-
-    def log_ratios(params):
-        return jnp.tanh(jnp.asarray(features) @ params) * params.sum()
-
-    return log_ratios, where, success, jnp.array([0.3, -0.5, 1.0, 0.2])
-
-
-def test_the_gradient_in_two_passes_is_the_gradient_in_one():
-    log_ratios, where, success, params = episodes()
-    beta = 0.7
-
-    def loss_fn(scores):
-        return losses.outcome_pairs_loss(scores, success=success)
-
-    def one_pass(params):
-        return loss_fn(beta * jnp.where(where, log_ratios(params), 0.0).sum(-1))[0]
-
-    value, expected = jax.value_and_grad(one_pass)(params)
-    scores = beta * jnp.where(where, log_ratios(params), 0.0).sum(-1)
-    coefficients, loss, metrics = losses.score_coefficients(scores, loss_fn=loss_fn)
-    assert loss == value and metrics["pairs/count"] == 6.0
-    # Turn by turn, as groups of their own in another order.
-    turns = np.random.default_rng(1).permutation(np.argwhere(where))
-
-    def of_turns(params, turns):
-        i, t = turns.T
-        logps = log_ratios(params)[i, t]
-        loss, _ = losses.coefficient_loss(logps, coefficients=beta * coefficients[i])
-        return loss.sum()
-
-    found = sum(jax.grad(of_turns)(params, part) for part in np.split(turns, [4, 7]))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert np.abs(expected).max() > 0.05
-
-
-def test_coefficients_are_slopes_without_a_gradient_of_their_own():
-    def loss_fn(scores):
-        return jnp.square(scores).sum(-1), {"sum": scores.sum(-1)}
-
-    def coefficients(scores):
-        return losses.score_coefficients(scores, loss_fn=loss_fn)
-
-    scores = jnp.array([[1.0, -2.0], [0.5, 0.0]])
-    found, loss, metrics = coefficients(scores)
-    np.testing.assert_array_equal(found, 2 * scores)
-    np.testing.assert_array_equal(loss, [5.0, 0.25])
-    np.testing.assert_array_equal(metrics["sum"], [-1.0, 0.5])
-    for part in range(3):
-        slope = jax.grad(
-            lambda x, i=part: sum(map(jnp.sum, _leaves(coefficients(x)[i])))
-        )
-        assert not slope(scores).any()
-
-
-def _leaves(tree):
-    return jax.tree.leaves(tree)
 
 
 # --- errors ---------------------------------------------------------------------------
