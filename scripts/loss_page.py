@@ -167,9 +167,7 @@ def read_entry(function) -> Entry:
     summary, *paragraphs = text.strip().split("\n\n")
     body, labels = [], {}
     for paragraph in paragraphs:
-        if paragraph.startswith("    "):
-            body.append(f"```\n{textwrap.dedent(paragraph)}\n```")
-        elif _LABEL.match(paragraph):
+        if _LABEL.match(paragraph):
             starts = [match.start() for match in _LABEL.finditer(paragraph)]
             for start, end in zip(starts, [*starts[1:], None], strict=True):
                 label, text = _split_label(paragraph[start:end])
@@ -177,7 +175,7 @@ def read_entry(function) -> Entry:
         elif _LABEL.search(paragraph):
             raise ValueError(f"{name}: labels begin a paragraph of their own.")
         else:
-            body.append(" ".join(paragraph.split()))
+            body.append(_markdown(paragraph))
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         bare = parameter.replace(annotation=inspect.Parameter.empty)
@@ -189,6 +187,19 @@ def read_entry(function) -> Entry:
         parameters.append(shown)
     signature = f"{name}({', '.join(parameters)})"
     return Entry(name, signature, summary, tuple(body), labels)
+
+
+def _markdown(paragraph: str) -> str:
+    """A paragraph of a docstring; what is indented stays as it stands."""
+    if paragraph.startswith("    "):
+        return f"```\n{textwrap.dedent(paragraph)}\n```"
+    return " ".join(paragraph.split())
+
+
+def _introduction(module: str) -> str:
+    """The docstring of a module of losses but its first line, which the heading is."""
+    text = inspect.getdoc(importlib.import_module(module))
+    return "".join(f"{_markdown(part)}\n\n" for part in text.split("\n\n")[1:])
 
 
 def _split_label(text: str) -> tuple[str, str]:
@@ -235,6 +246,8 @@ def page() -> str:
     table, text = ["| loss | source | reduces to |\n| --- | --- | --- |\n"], []
     for heading, module, functions in _sections():
         text.append(f"## {heading}\n\n`{module}`\n\n")
+        if ".losses." in module:
+            text.append(_introduction(module))
         for function in functions:
             entry = read_entry(function)
             if ".losses." in module:
