@@ -304,6 +304,7 @@ def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
             f"the shape has {shape.num_rows} rows of {shape.groups_per_row}. Plan the "
             f"shape over all batches of the run with `plan_shape`."
         )
+    _check_extras(groups)
     num_rows, row_length = shape.num_rows, shape.row_length
     num_groups = num_rows * shape.groups_per_row
     axes = {
@@ -436,6 +437,23 @@ def _check_group(group: TokenGroup, shape: RowShape, first: TokenGroup) -> None:
             f"record {group.record} has {len(group.labels)} labels and "
             f"{len(group.responses)} responses."
         )
+
+
+def _check_extras(groups: Sequence[TokenGroup]) -> None:
+    for group in groups:
+        for name, value in group.extras.items():
+            if name not in EXTRAS:
+                raise ValueError(
+                    f"record {group.record} has the extra {name!r}; there are "
+                    f"{', '.join(EXTRAS)}. A new one is declared in `types.EXTRAS`."
+                )
+            axes = EXTRAS[name][1:]
+            needed = {"": (), "K": (len(group.responses),)}.get(axes)
+            if needed is not None and np.shape(value) != needed:
+                raise ValueError(
+                    f"record {group.record} has {name} of the shape {np.shape(value)}; "
+                    f"{len(group.responses)} responses need {needed}."
+                )
 
 
 def _num_sources(groups: Sequence[TokenGroup]) -> int:

@@ -224,6 +224,28 @@ def test_marks_of_responses_and_of_pairs_lie_beside_them():
     assert batch.extras["margin"].tolist() == [2.5, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        (
+            {"advantages": 1.0},
+            "record 4 has the extra 'advantages'; there are advantage",
+        ),
+        (
+            {"coefficient": 1.0},
+            r"record 4 has coefficient of the shape \(\); 2 .* \(2,\)",
+        ),
+        (
+            {"episode": [1, 2]},
+            r"record 4 has episode of the shape \(2,\); .* need \(\)",
+        ),
+    ],
+)
+def test_an_extra_of_another_name_or_shape_is_named(extras, message):
+    with pytest.raises(ValueError, match=message):
+        fixtures.pack_all([group([1], [101], [111], record=4, extras=extras)], 16)
+
+
 def test_all_groups_have_the_same_sources():
     one = of_sources(4, [[-1.0], [-2.0]], [[1], [1]])
     two = of_sources(7, [[-1.0, -1.0], [-2.0, -2.0]], [[1, 1], [1, 1]])
