@@ -358,8 +358,8 @@ def spread_steps(step_values, *, step_ids, where=None):
     """
     checks.check_integers("step_ids", step_ids)
     step_values, step_ids = at_least_float32(step_values), jnp.asarray(step_ids)
-    axes = [x.shape[:-1] if x.ndim else None for x in (step_values, step_ids)]
-    if axes[0] is None or axes[0] != axes[1]:
+    same = step_values.shape[:-1] == step_ids.shape[:-1]
+    if not (same and step_values.ndim and step_ids.ndim):
         raise ValueError(
             f"`step_values` [..., S] and `step_ids` [..., T] need the same leading "
             f"axes; got {checks.describe(step_values)} and {checks.describe(step_ids)}."

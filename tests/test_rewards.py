@@ -240,6 +240,15 @@ def test_an_exponential_goes_on_as_its_tangent_beyond_thirty(name, scale):
     assert np.isfinite(np.square(slopes).sum())
 
 
+def test_alpha_may_be_an_argument_of_what_is_compiled():
+    def reward(alpha):
+        return rewards.alpha_divergence_reward(
+            jnp.array([-1.0]), anchor_logps=jnp.array([-2.5]), beta=0.1, alpha=alpha
+        )
+
+    np.testing.assert_allclose(jax.jit(reward)(0.5), reward(0.5), rtol=1e-6)
+
+
 @every_curved
 @pytest.mark.parametrize("ratio", [1e4, -1e4])
 def test_a_curved_reward_is_finite_however_far_policy_and_anchor_are(name, ratio):

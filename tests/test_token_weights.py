@@ -161,6 +161,8 @@ def test_tokens_get_the_value_of_their_step_and_others_zero():
     values = jnp.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     got = logps.spread_steps(values, step_ids=ids)
     assert got.tolist() == [[1.0, 0.0, 4.0, 4.0], [0.0, 16.0, 16.0, 0.0]]
+    got = logps.spread_steps(values, step_ids=-ids)
+    assert not got.any()
     where = ids != 3
     got = logps.spread_steps(values.at[0, 2].set(jnp.nan), step_ids=ids, where=where)
     assert got.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.0, 16.0, 16.0, 0.0]]
@@ -359,6 +361,23 @@ ZEROS, ALL = np.zeros((2, 3), np.float32), np.ones((2, 3), bool)
             lambda: logps.step_sum(ZEROS, step_ids=ZEROS, num_steps=1),
             TypeError,
             r"`step_ids` needs integers; got f32\[2, 3\]",
+        ),
+        (
+            lambda: logps.spread_steps(ZEROS[0], step_ids=np.int32(1)),
+            ValueError,
+            r"need the same leading axes; got f32\[3\] and i32\[\]",
+        ),
+        (
+            lambda: logps.spread_steps(np.float32(0), step_ids=np.ones(3, int)),
+            ValueError,
+            r"need the same leading axes; got f32\[\] and i\d+\[3\]",
+        ),
+        (
+            lambda: logps.spread_steps(
+                ZEROS, step_ids=np.ones((2, 4), int), where=np.ones((2, 3), bool)
+            ),
+            ValueError,
+            r"`where` needs a shape that broadcasts to \(2, 4\), that of `step_ids`",
         ),
         (
             lambda: logps.spread_steps(np.float32(0), step_ids=np.int32(1)),

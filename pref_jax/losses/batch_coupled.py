@@ -271,7 +271,8 @@ def solve_partition(
     rewards, counted = _read_statistic("solve_partition", "logps", rewards, where)
 
     def mean_slope(c):
-        return _mean(divergence(rewards + c)[1], counted)
+        _, slope = divergence(rewards + c)
+        return _mean(slope, counted)
 
     def halve(_, bracket):
         low, high = bracket

@@ -197,8 +197,9 @@ def diffusion_dro_loss(errors, *, anchor_errors, threshold: float, where=None):
     """
     rewards = _pair_reward(errors, anchor_errors, beta=1.0)
     loss, metrics = thresholded_loss(rewards, threshold=threshold, where=where)
-    metrics["loss/active"] = (loss != threshold).astype(loss.dtype)
-    return results(loss, metrics, read_pair("errors", errors, where)[1])
+    _, where = read_pair("errors", errors, where)
+    active = fill((loss != threshold).astype(loss.dtype), where)
+    return loss, metrics | {"loss/active": active}
 
 
 def dspo_loss(predictions, *, target, anchor_predictions, beta: float, where=None):

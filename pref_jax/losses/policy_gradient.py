@@ -24,8 +24,8 @@ steps or of whole responses. How entries are averaged is `Method.weight`.
 A step is a turn of an agent. OPRL takes its advantages by any rule, once of outcomes
 and once of step rewards; the steps are then one group, [..., N, S] as [..., N * S].
 
-Advantages never carry a gradient. `where` is bool of the same shape as what it masks.
-`logps.spread_steps` gives the advantage of a step to its tokens.
+Advantages never carry a gradient. `logps.spread_steps` gives the advantage of a step to
+its tokens.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def cluster_advantages(returns, *, cluster_ids, where=None):
     same = (ids[..., :, None] == ids[..., None, :]) & there[..., None, :]
     others = jnp.where(same, returns[..., None, :], 0.0)
     mean = others.sum(-1) / jnp.maximum(same.sum(-1, dtype=returns.dtype), 1)
-    nothing = ~there | all_equal(others, same, -1)[..., 0]
+    nothing = ~there | all_equal(others, same, -1).squeeze(-1)
     return jnp.where(nothing, 0.0, returns - mean)
 
 

@@ -77,6 +77,22 @@ def test_a_tie_is_the_mean_over_all_orders_of_the_items(name):
 
 
 @every_measure
+def test_ties_of_short_lists_are_those_of_each_list_alone(name):
+    function, options = MEASURES[name]
+    rng = np.random.default_rng(3)
+    scores, relevance = rng.integers(0, 3, (2, 9, 6))
+    where = rng.random((9, 6)) < 0.6
+    got = function(scores, relevance, where=where, **options)
+    for value, score, grade, kept in zip(got, scores, relevance, where, strict=True):
+        alone = function(score[kept], grade[kept], **options)
+        np.testing.assert_allclose(value, alone, rtol=1e-12)
+
+
+def test_the_most_relevant_item_has_a_finite_gain():
+    assert ndcg([1.0, 0.0], [1000, 999], k=2) == 1.0
+
+
+@every_measure
 def test_items_that_are_not_there_change_nothing_whatever_they_hold(name):
     function, options = MEASURES[name]
     scores = np.array([2.0, np.nan, 1.0, np.inf])

@@ -87,6 +87,13 @@ def test_the_reward_is_how_much_less_is_wrong_than_the_anchor_has():
             ValueError,
             "`beta` must be positive and finite; got 0.0",
         ),
+        (
+            lambda: denoising_reward(
+                np.zeros(2), anchor_error=np.zeros(2, int), beta=1.0
+            ),
+            TypeError,
+            "`anchor_error` needs floating-point numbers",
+        ),
     ],
 )
 def test_wrong_errors_and_rewards_are_named(call, error, message):

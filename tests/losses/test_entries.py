@@ -37,3 +37,14 @@ def test_a_length_is_at_least_one():
     like = jnp.zeros(3)
     lengths = entries.read_lengths(np.array([0, 1, 5]), like=like, of="logps")
     np.testing.assert_array_equal(lengths, [1.0, 1.0, 5.0])
+
+
+def test_numbers_that_are_there_are_all_equal_or_not():
+    values = np.array([[2.0, 2.0, 5.0], [2.0, 2.5, 2.0], [-1.0, 7.0, 9.0]])
+    there = np.array([[True, True, False], [True, True, True], [False, False, False]])
+    found = entries.all_equal(values, there, -1)
+    assert found.tolist() == [[True], [False], [True]]
+    assert entries.all_equal(values, there, (0, 1)).tolist() == [[False]]
+    assert entries.all_equal(values, there & (values == 2), (0, 1)).tolist() == [[True]]
+    assert entries.all_equal(-values, there, -1).tolist() == found.tolist()
+    assert entries.all_equal(values[:, :0], there[:, :0], -1).all()

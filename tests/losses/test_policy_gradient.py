@@ -239,6 +239,9 @@ def test_the_advantage_of_a_step_is_its_episodes_and_alpha_times_its_own():
         )
 
     assert call(episodes, steps).tolist() == [[1.25, 3.0], [-0.5, 0.0]]
+    options = {"step_advantages": steps[None], "where": where}
+    found = losses.combined_advantages(episodes[None], alpha=1.0, **options)
+    assert found.tolist() == [[[1.5, 5.0], [1.0, 0.0]]]
     slopes = jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1))(episodes, steps)
     assert not any(slope.any() for slope in slopes)
     narrow = call(episodes.astype(jnp.bfloat16), steps.astype(jnp.bfloat16))
@@ -256,6 +259,11 @@ def test_the_advantage_of_a_step_is_its_episodes_and_alpha_times_its_own():
             ValueError,
             r"`episode_advantages` needs the axes of `step_advantages` but the last, "
             r"\(3,\); got f32\[2\]",
+        ),
+        (
+            {"step_advantages": np.ones((1, 2), np.float32)},
+            ValueError,
+            r"but the last, \(1,\); got f32\[2\]",
         ),
         (
             {"step_advantages": np.ones((2, 2), int)},
@@ -345,6 +353,21 @@ def test_returns_by_hand_pass_over_what_is_not_there():
         where=jnp.array([True, False, True, True]),
     )
     np.testing.assert_array_equal(found, [1 + 0.5 * 4, 0.0, 2 + 0.5 * 4, 4.0])
+
+
+def test_lists_of_any_shape_have_returns_and_advantages():
+    given = rewards(8, (3, 5))
+    found = losses.discounted_returns(given, discount=0.9)
+    advantages, _ = losses.gae(
+        given, values=given, discount=0.9, gae_lambda=0.7, last_value=given[:, 0]
+    )
+    for i, row in enumerate(given):
+        alone = losses.discounted_returns(row, discount=0.9)
+        np.testing.assert_allclose(found[i], alone, rtol=1e-6)
+        alone, _ = losses.gae(
+            row, values=row, discount=0.9, gae_lambda=0.7, last_value=row[0]
+        )
+        np.testing.assert_allclose(advantages[i], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_gae_by_hand():
@@ -457,6 +480,42 @@ def test_at_a_ratio_of_one_the_gradient_is_minus_the_advantage(clip):
     np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(4)), -advantages)
 
 
+def test_without_an_advantage_no_clip_is_held():
+    _, metrics = losses.clipped_surrogate_loss(
+        jnp.array([-3.0, 3.0]), advantages=0.0, dual_clip=3.0, **CLIP
+    )
+    held = [x for name, x in metrics.items() if name.startswith("ratio/clipped")]
+    assert len(held) == 3 and not sum(held).any()
+
+
+def test_a_tie_with_a_clip_is_not_held_back():
+    """exp of the number of float32 next to log 2 is 2."""
+    two = jnp.log(jnp.float32(2))
+    assert jnp.exp(two) == 2.0
+
+    def total(x):
+        return losses.clipped_surrogate_loss(
+            x, advantages=-1.0, clip_low=0.2, clip_high=0.5, dual_clip=2.0
+        )[0]
+
+    assert jax.value_and_grad(total)(two) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("traced", ["dual_clip", "clip_high"])
+def test_one_clip_alone_may_be_an_argument_of_what_is_compiled(traced):
+    options = CLIP | {"dual_clip": 3.0}
+
+    def loss(number):
+        return losses.clipped_surrogate_loss(
+            jnp.array([2.0, -2.0]), advantages=-1.0, **options | {traced: number}
+        )[0]
+
+    expected, _ = losses.clipped_surrogate_loss(
+        jnp.array([2.0, -2.0]), advantages=-1.0, **options
+    )
+    np.testing.assert_allclose(jax.jit(loss)(options[traced]), expected, rtol=1e-6)
+
+
 def test_open_ends_clip_nothing():
     log_ratios = jnp.array([-20.0, -0.5, 0.5, 20.0])
     options = {"clip_low": 1.0, "clip_high": math.inf}
@@ -519,6 +578,7 @@ def test_a_sequences_ratio_is_the_geometric_mean_of_its_tokens():
         ({"dual_clip": 1.5}, "`dual_clip` must be above 1 . `clip_high`, 1.5; got 1.5"),
         ({"dual_clip": 1.2}, "`dual_clip` must be above 1 . `clip_high`, 1.5; got 1.2"),
         ({"dual_clip": math.nan}, "`dual_clip` must be above .*; got nan"),
+        ({"dual_clip": 0.5, "clip_high": 0.0}, "`dual_clip` must be above .*; got 0.5"),
     ],
 )
 def test_clips_are_in_range(options, message):
@@ -570,7 +630,7 @@ SLOPES = {
 
 @every_estimate
 def test_estimates_and_their_slopes_are_the_oracles(name):
-    small = [1e-7, 1e-5, 1e-3, 0.1, 0.5, 0.999, 1.0, 1.001]
+    small = [1e-7, 1e-5, 1e-3, 0.1, 0.5, 0.999, 1.0, 1.001, 1.9]
     x = np.array([-29.0, -2.0, *(-v for v in small), 0.0, *small, 5.0, 30.0])
     function = getattr(losses, name)
     expected = [getattr(oracles, name)(v) for v in x]
