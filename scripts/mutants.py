@@ -60,6 +60,7 @@ SHARED_TESTS = {
         "tests/losses/test_outside_values.py",
     ),
     "pref_jax/losses/entries.py": ("tests/losses/test_pairwise.py",),
+    "pref_jax/losses/policy_gradient.py": ("tests/losses/test_advantages.py",),
     "pref_jax/losses/supervised.py": ("tests/losses/test_divergences.py",),
     "pref_jax/logps.py": ("tests/test_token_weights.py",),
     "pref_jax/rewards.py": ("tests/losses/test_diffusion.py",),
