@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from parity import trl_losses  # noqa: E402
+from parity.agreement import assert_same  # noqa: E402
 from pref_jax import losses  # noqa: E402
 from pref_jax.logps import response_sum  # noqa: E402
 from pref_jax.train.step import weighted_mean  # noqa: E402
@@ -32,18 +33,6 @@ def draw(scale):
     with jax.enable_x64(True):
         advantages = losses.group_advantages(rewards, epsilon=1e-4)
     return token_logps, behaviour, anchor, mask, np.asarray(advantages).ravel()
-
-
-def assert_same(ours, theirs, token_logps):
-    """Value and gradient by token logps."""
-    with jax.enable_x64(True):
-        value, gradient = jax.device_get(jax.value_and_grad(ours)(token_logps))
-    tensor = torch.tensor(token_logps, requires_grad=True)
-    expected = theirs(tensor)
-    expected.backward()
-    np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
-    np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-12, atol=1e-15)
-    assert np.abs(gradient).max() > 1e-3
 
 
 def tokens_of_a_response_share_one(loss, mask):

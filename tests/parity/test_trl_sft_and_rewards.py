@@ -1,6 +1,5 @@
 """Token losses and centred rewards are TRL's, in value and gradient, in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,21 +8,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from parity import trl_losses  # noqa: E402
+from parity.agreement import assert_same  # noqa: E402
 from pref_jax.losses.reward_models import reward_model_loss  # noqa: E402
 from pref_jax.losses.supervised import dft_loss, nll_loss  # noqa: E402
 from pref_jax.train.step import weighted_mean  # noqa: E402
-
-
-def assert_same(ours, theirs, array):
-    """Value and gradient by one array are TRL's."""
-    with jax.enable_x64(True):
-        value, gradient = jax.device_get(jax.value_and_grad(ours)(jnp.asarray(array)))
-    tensor = torch.tensor(array, requires_grad=True)
-    expected = theirs(tensor)
-    expected.backward()
-    np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
-    np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-12, atol=1e-300)
-    assert np.abs(gradient).max() > 1e-4
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 20.0])
