@@ -117,6 +117,7 @@ def test_own_pairs_with_a_fresh_decoder(own_files, tmp_path):
     assert "reward" not in results["results"]["models"]["DPO"]
 
 
+@pytest.mark.slow  # as the test before it, with one field more
 def test_own_pairs_with_a_grade_have_a_true_reward(own_files, tmp_path, monkeypatch):
     quickstart(
         own_files,
