@@ -420,12 +420,12 @@ def train_dpo(mdp: TokenMDP, *, beta: float, weights, start) -> Fit:
 
 
 def process_rewards(mdp: TokenMDP, logps, *, beta: float, step_length: int):
-    """What a process reward model says of each turn of each response.
+    """What a process reward model says of each step of each response.
 
-        r(s, turn) = beta sum over its tokens of log(pi(a|s) / pi_ref(a|s))
+        r(s, step) = beta sum over its tokens of log(pi(a|s) / pi_ref(a|s))
 
     The reference is the policy that acted. For pi* the sum telescopes to the soft
-    advantage of the turn: Q*(s, turn) - V*(s), Q* being the rewards of the turn and V*
+    advantage of the step: Q*(s, step) - V*(s), Q* being the rewards of the step and V*
     of the state after it.
 
     Source: OPRL, arXiv:2509.19199v1, equation 1.
@@ -434,10 +434,10 @@ def process_rewards(mdp: TokenMDP, logps, *, beta: float, step_length: int):
       mdp: the tree and the reference.
       logps: f64[P, S, V], nats: of the process reward model.
       beta: reward per nat, positive.
-      step_length: tokens of a turn; the last turn of a response may be shorter.
+      step_length: tokens of a step; the last step of a response may be shorter.
 
     Returns:
-      f64[P, N, T], T the turns of the longest response; 0 for a turn that is not there.
+      f64[P, N, T], T the steps of the longest response; 0 for a step that is not there.
 
     Raises:
       ValueError: `beta` is not positive, or a shape does not fit.
@@ -493,10 +493,10 @@ def train_process_reward(
     success = np.array([True, False])
 
     def loss(logits):
-        of_turns = process_rewards(
+        of_steps = process_rewards(
             mdp, jax.nn.log_softmax(logits), beta=beta, step_length=step_length
         )
-        losses, _ = outcome_pairs_loss(_pairs(of_turns.sum(-1)), success=success)
+        losses, _ = outcome_pairs_loss(_pairs(of_steps.sum(-1)), success=success)
         checks.check_same_shape("weights", weights, like=losses, of="the pairs")
         return jnp.sum(weights * losses) / np.sum(weights)
 
