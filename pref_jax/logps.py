@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
-from pref_jax.numerics import at_least_float32
+from pref_jax.numerics import at_least_float32, soft_cap
 from pref_jax.types import ResponseBatch, Scores
 
 STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
@@ -32,10 +32,12 @@ def token_stats(
     *,
     want: tuple[str, ...] = ("logp",),
     chunk: int | None = None,
+    softcap: float | None = None,
 ) -> dict[str, jax.Array]:
     """Statistics of the next-token distribution at the positions that are scored.
 
         logits = hidden[g, predict[g, p]] @ unembedding.T        (float32)
+        logits = softcap * tanh(logits / softcap)                (with a softcap)
         logp   = logits[target] - logsumexp(logits)
 
     Args:
@@ -48,6 +50,7 @@ def token_stats(
       chunk: positions of a row that are unembedded at once. None: as many as keep a
         chunk's logits, over all rows, near 8 million numbers; if one chunk is enough
         nothing is recomputed in the backward pass.
+      softcap: bound of the logits, `model.logit_softcap`; None: unbounded.
 
     Returns:
       {name: f32[G, P]}, 0 where `predict` is -1.
@@ -88,9 +91,9 @@ def token_stats(
     copies = jnp.broadcast_to(unembedding[None], (shards, *unembedding.shape))
     copies = _constrain(copies.astype(hidden.dtype), _row_axes(), "tensor", None)
     if chunk >= num_predict:
-        stats = _statistics(hidden, copies, targets, want)
+        stats = _statistics(hidden, copies, targets, want, softcap)
     else:
-        stats = _chunked_statistics(hidden, copies, targets, want, chunk)
+        stats = _chunked_statistics(hidden, copies, targets, want, softcap, chunk)
     keep = predict >= 0
     return {
         name: jnp.where(keep, value.reshape(predict.shape), 0.0)
@@ -123,11 +126,12 @@ def _constrain(x, *axes):
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*axes))
 
 
-def _statistics(hidden, unembedding, targets, want):
+def _statistics(hidden, unembedding, targets, want, softcap):
     """{name: f32[S, g, C]} from hidden [S, g, C, D] and unembedding [S, V, D]."""
     logits = jnp.einsum(
         "sgcd,svd->sgcv", hidden, unembedding, preferred_element_type=jnp.float32
     )
+    logits = soft_cap(logits, softcap)
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     # By comparison, not by index: a vocabulary split over devices is never gathered.
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -154,29 +158,29 @@ def _join_chunks(x, length):
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _chunked_statistics(hidden, unembedding, targets, want, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _chunked_statistics(hidden, unembedding, targets, want, softcap, chunk):
     def body(_, inputs):
         hidden, targets = inputs
-        return None, _statistics(hidden, unembedding, targets, want)
+        return None, _statistics(hidden, unembedding, targets, want, softcap)
 
     chunks = (_split_chunks(hidden, chunk), _split_chunks(targets, chunk))
     _, stats = jax.lax.scan(body, None, chunks)
     return jax.tree.map(lambda x: _join_chunks(x, targets.shape[-1]), stats)
 
 
-def _chunked_forward(hidden, unembedding, targets, want, chunk):
-    stats = _chunked_statistics(hidden, unembedding, targets, want, chunk)
+def _chunked_forward(hidden, unembedding, targets, want, softcap, chunk):
+    stats = _chunked_statistics(hidden, unembedding, targets, want, softcap, chunk)
     return stats, (hidden, unembedding, targets)
 
 
-def _chunked_backward(want, chunk, residuals, grads):
+def _chunked_backward(want, softcap, chunk, residuals, grads):
     hidden, unembedding, targets = residuals
 
     def body(total, inputs):
         hidden, targets, grads = inputs
         _, pullback = jax.vjp(
-            lambda h, u: _statistics(h, u, targets, want), hidden, unembedding
+            lambda h, u: _statistics(h, u, targets, want, softcap), hidden, unembedding
         )
         d_hidden, d_unembedding = pullback(grads)
         return total + d_unembedding.astype(jnp.float32), d_hidden
@@ -237,6 +241,7 @@ def response_scores(
         batch.predict,
         want=want,
         chunk=chunk,
+        softcap=model.logit_softcap,
     )
     return Scores(**{k: gather_responses(v, batch) for k, v in stats.items()})
 
@@ -620,7 +625,7 @@ def token_kl(
         logits = jnp.einsum(
             "sgcd,vd->sgcv", hidden, matrix, preferred_element_type=jnp.float32
         )
-        return jax.nn.log_softmax(logits)
+        return jax.nn.log_softmax(soft_cap(logits, model.logit_softcap))
 
     def body(_, inputs):
         of_policy, of_anchor = inputs

@@ -27,3 +27,18 @@ def exp_or_tangent(x):
     capped = jnp.where(x > _LARGEST_EXPONENT, _LARGEST_EXPONENT, x)
     beyond = jnp.where(x > _LARGEST_EXPONENT, x - _LARGEST_EXPONENT, 0.0)
     return jnp.exp(capped) * (1 + beyond)
+
+
+def soft_cap(logits, bound: float | None):
+    """Logits kept within a bound: bound * tanh(logits / bound).
+
+    Source: Gemma 2, arXiv:2408.00118, section 2.
+
+    Args:
+      logits: f32[...].
+      bound: positive; None: they stay as they are.
+
+    >>> [round(float(x), 4) for x in soft_cap(jnp.array([0.5, 50.0]), 2.0)]
+    [0.4898, 2.0]
+    """
+    return logits if bound is None else bound * jnp.tanh(logits / bound)

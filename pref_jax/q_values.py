@@ -250,6 +250,7 @@ def response_values(
         jnp.concatenate([batch.predict, last], axis=1),
         want=("chosen_logit", "logsumexp"),
         chunk=chunk,
+        softcap=model.logit_softcap,
     )
     scored = batch.predict.shape[1]
     q, value = (

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pref_jax.numerics import soft_cap
 from pref_jax.types import Model
 
 
@@ -161,6 +162,7 @@ def make_sampler(
                 matrix.astype(hidden.dtype),
                 preferred_element_type=jnp.float32,
             )
+            logits = soft_cap(logits, model.logit_softcap)
             tokens, behaviour = draw(logits, keys, step)
             logps = _pick(jax.nn.log_softmax(logits), tokens)
             live = ~samples.ended

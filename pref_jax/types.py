@@ -165,6 +165,9 @@ class Model:
         limit is known.
       flops_per_token: forward flops of one token of a row, attention left out; three
         times as much with the backward pass.
+      logit_softcap: bound of the logits, softcap * tanh(logits / softcap), or None.
+      combine: (frozen, params) -> the parameters that all functions take, where only a
+        part of them is trained; `frozen` is `()` where all are.
     """
 
     init: Callable[[Array], PyTree]
@@ -177,3 +180,5 @@ class Model:
     vocab_size: int
     max_positions: int | None
     flops_per_token: float
+    logit_softcap: float | None = None
+    combine: Callable[[PyTree, PyTree], PyTree] = lambda frozen, params: params

@@ -12,7 +12,7 @@ import numpy as np
 
 from pref_jax.data import rows
 from pref_jax.logps import response_scores
-from pref_jax.models.decoder import DecoderConfig, LayerKind, make_decoder
+from pref_jax.models.decoder import DecoderConfig, LayerKind, Rotary, make_decoder
 from pref_jax.types import ResponseBatch, TokenGroup
 
 # Everything a family may have: grouped queries, a period of two with different windows
@@ -25,7 +25,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=4,
     mlp_width=24,
-    period=(LayerKind(window=5, rope_theta=100.0), LayerKind(rope_theta=10000.0)),
+    period=(LayerKind(window=5, rotary=Rotary(100.0)), LayerKind()),
     norm_eps=1e-3,
     tied=False,
     embedding_scale=1.7,
@@ -36,7 +36,7 @@ LAYERS = tuple(CONFIG.period[i % 2] for i in range(CONFIG.num_layers))
 
 ORACLE = {
     "eps": CONFIG.norm_eps,
-    "rope_bases": tuple(kind.rope_theta for kind in LAYERS),
+    "rope_bases": tuple(kind.rotary.theta for kind in LAYERS),
     "windows": tuple(kind.window for kind in LAYERS),
     "embedding_scale": CONFIG.embedding_scale,
 }

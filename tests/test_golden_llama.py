@@ -22,7 +22,7 @@ from pref_jax.logps import response_scores
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.method import Method, objective, on_rewards
 from pref_jax.models import pretrained
-from pref_jax.models.decoder import LayerKind, make_decoder
+from pref_jax.models.decoder import LayerKind, Rotary, make_decoder
 from pref_jax.train import sharding
 from pref_jax.train.state import init_state
 from pref_jax.train.step import make_train_step
@@ -259,7 +259,7 @@ def position_by_index(case):
 
 
 WRONG = {
-    "theta": lambda c: logps(c, c.params, period=(LayerKind(rope_theta=1e4),)),
+    "theta": lambda c: logps(c, c.params, period=(LayerKind(rotary=Rotary(1e4)),)),
     "eps": lambda c: logps(c, c.params, norm_eps=1e-5),
     "head order": heads_in_turn,
     "rotary order": rotated_in_turn,

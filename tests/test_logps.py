@@ -608,6 +608,7 @@ class Bigram:
     """A model of which the logits of u after t are embedding[t] @ embedding[u]."""
 
     vocab_size: int
+    logit_softcap = None
 
     def hidden(self, params, tokens, position, end):
         return params[tokens].astype(jnp.bfloat16)

@@ -164,6 +164,8 @@ def test_progress_counts_each_prompt_once():
 class OneState:
     """A model whose state is 1 everywhere: its parameters [V, 1] are the logits."""
 
+    logit_softcap = None
+
     def init_cache(self, *sizes):
         return ()
 

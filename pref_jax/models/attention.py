@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pref_jax.numerics import soft_cap
+
 _MASKED = -1e30  # finite, so that a row that sees nothing gives 0 and not NaN
 
 
@@ -44,7 +46,9 @@ def _sees(query_index, key_index, query_position, key_position, end, window):
     return mask
 
 
-def xla_attention(query, key, value, position, end, *, window=None, scale=None):
+def xla_attention(
+    query, key, value, position, end, *, window=None, scale=None, softcap=None
+):
     """Dense attention: simple and quick for short rows; memory grows with L squared.
 
     Args:
@@ -55,6 +59,7 @@ def xla_attention(query, key, value, position, end, *, window=None, scale=None):
       end: i32[G, L].
       window: sliding window in units of `position`, or None.
       scale: of the logits; None: 1 / sqrt(head_dim).
+      softcap: bound of the scaled logits, softcap * tanh(logits / softcap), or None.
 
     Returns:
       [G, L, H, head_dim] in the dtype of `query`. The softmax is float32.
@@ -63,6 +68,7 @@ def xla_attention(query, key, value, position, end, *, window=None, scale=None):
     logits = jnp.einsum(
         "gqhrd,gkhd->ghrqk", query, key, preferred_element_type=jnp.float32
     )
+    logits = soft_cap(logits, softcap)
     mask = visible(position, end, window=window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, logits, _MASKED), axis=-1)
     out = jnp.einsum("ghrqk,gkhd->gqhrd", weights.astype(value.dtype), value)
@@ -88,7 +94,16 @@ def _ungroup_heads(out, num_heads):
 
 
 def blockwise_attention(
-    query, key, value, position, end, *, window=None, scale=None, block=None
+    query,
+    key,
+    value,
+    position,
+    end,
+    *,
+    window=None,
+    scale=None,
+    softcap=None,
+    block=None,
 ):
     """Attention in blocks: memory grows linearly with L, forward and backward.
 
@@ -101,7 +116,9 @@ def blockwise_attention(
     the saved log-sum-exp, Dao et al., arXiv:2205.14135, Algorithm 4.
     """
     if block is None:
-        attend = functools.partial(blockwise_attention, window=window, scale=scale)
+        attend = functools.partial(
+            blockwise_attention, window=window, scale=scale, softcap=softcap
+        )
         return jax.lax.platform_dependent(
             *(query, key, value, position, end),
             cpu=functools.partial(attend, block=64),
@@ -116,13 +133,16 @@ def blockwise_attention(
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         for x in (query, key, value, position, end)
     )
-    out = _blockwise(query, key, value, position, end, window, block)
+    out = _blockwise(query, key, value, position, end, window, softcap, block)
     return _ungroup_heads(out[:, :length], num_heads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _blockwise(query, key, value, position, end, window, block):
-    return _blockwise_forward(query, key, value, position, end, window, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _blockwise(query, key, value, position, end, window, softcap, block):
+    out, _ = _blockwise_forward(
+        query, key, value, position, end, window, softcap, block
+    )
+    return out
 
 
 def _block_pairs(position, end, window, block):
@@ -152,8 +172,8 @@ def _put(x, update, index, block):
     return jax.lax.dynamic_update_slice_in_dim(x, update, index * block, axis=1)
 
 
-def _block_logits(query, key, position, end, pair, window, block):
-    """Masked float32 logits [G, block, H_kv, R, block] of one pair of blocks."""
+def _block_logits(query, key, position, end, pair, window, softcap, block):
+    """Of one pair of blocks: f32[G, block, H_kv, R, block], and which are seen."""
     i, j = pair
     offsets = jnp.arange(block)
     mask = _sees(
@@ -170,7 +190,7 @@ def _block_logits(query, key, position, end, pair, window, block):
         _slice(key, j, block),
         preferred_element_type=jnp.float32,
     )
-    return logits, mask[:, :, None, None, :]
+    return soft_cap(logits, softcap), mask[:, :, None, None, :]
 
 
 def _scan_pairs(step, carry, position, end, window, block):
@@ -183,13 +203,15 @@ def _scan_pairs(step, carry, position, end, window, block):
     return jax.lax.scan(body, carry, (pairs, needed))[0]
 
 
-def _blockwise_forward(query, key, value, position, end, window, block):
+def _blockwise_forward(query, key, value, position, end, window, softcap, block):
     shape = query.shape[:-1]
 
     def step(carry, pair):
         out, total, highest = carry
         i, j = pair
-        logits, mask = _block_logits(query, key, position, end, pair, window, block)
+        logits, mask = _block_logits(
+            query, key, position, end, pair, window, softcap, block
+        )
         logits = jnp.where(mask, logits, _MASKED)
         old = _slice(highest, i, block)
         new = jnp.maximum(old, logits.max(-1))
@@ -219,7 +241,7 @@ def _blockwise_forward(query, key, value, position, end, window, block):
     return out, residuals
 
 
-def _blockwise_backward(window, block, residuals, grad):
+def _blockwise_backward(window, softcap, block, residuals, grad):
     query, key, value, position, end, out, logsumexp = residuals
     grad = grad.astype(jnp.float32)
     # d(softmax) = weights * (d_weights - sum(weights * d_weights)); the sum is this:
@@ -228,14 +250,18 @@ def _blockwise_backward(window, block, residuals, grad):
     def step(carry, pair):
         d_query, d_key, d_value = carry
         i, j = pair
-        logits, mask = _block_logits(query, key, position, end, pair, window, block)
-        logits = jnp.where(mask, logits, _MASKED)
-        normalised = jnp.exp(logits - _slice(logsumexp, i, block)[..., None])
+        logits, mask = _block_logits(
+            query, key, position, end, pair, window, softcap, block
+        )
+        masked = jnp.where(mask, logits, _MASKED)
+        normalised = jnp.exp(masked - _slice(logsumexp, i, block)[..., None])
         weights = jnp.where(mask, normalised, 0.0)
         grad_i = _slice(grad, i, block)
         value_j = _slice(value, j, block).astype(jnp.float32)
         d_weights = jnp.einsum("gqhrd,gkhd->gqhrk", grad_i, value_j)
         d_logits = weights * (d_weights - _slice(inner, i, block)[..., None])
+        if softcap is not None:
+            d_logits *= 1 - (logits / softcap) ** 2  # slope of the cap
         key_j = _slice(key, j, block).astype(jnp.float32)
         query_i = _slice(query, i, block).astype(jnp.float32)
         d_query = _add(
@@ -269,6 +295,7 @@ def branch_attention(
     step,
     window=None,
     scale=None,
+    softcap=None,
 ):
     """One decoding step of K samples of a prompt that is kept once.
 
@@ -282,14 +309,15 @@ def branch_attention(
       step: i32[]. Own tokens 0..step are seen.
       window: sliding window, or None.
       scale: of the logits; None: 1 / sqrt(head_dim).
+      softcap: bound of the scaled logits, or None.
 
     Returns:
       [B, K, H, head_dim] in the dtype of `query`.
     """
     query, num_heads = _group_heads(query, key, scale)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    shared = einsum("bkhrd,bphd->bkhrp", query, prompt_key)
-    own = einsum("bkhrd,bkshd->bkhrs", query, key)
+    shared = soft_cap(einsum("bkhrd,bphd->bkhrp", query, prompt_key), softcap)
+    own = soft_cap(einsum("bkhrd,bkshd->bkhrs", query, key), softcap)
     prompt_index = jnp.arange(prompt_key.shape[1])
     own_index = jnp.arange(key.shape[2])
     sees_prompt = prompt_index[None] < prompt_length[:, None]
@@ -308,10 +336,10 @@ def branch_attention(
     return _ungroup_heads(out, num_heads)
 
 
-def auto_attention(query, key, value, position, end, *, window=None, scale=None):
+def auto_attention(query, key, value, position, end, **options):
     """Dense in rows of up to 128 positions, blockwise in longer ones."""
     attend = xla_attention if query.shape[1] <= 128 else blockwise_attention
-    return attend(query, key, value, position, end, window=window, scale=scale)
+    return attend(query, key, value, position, end, **options)
 
 
 IMPLEMENTATIONS = {

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pref_jax.models import attention as attention_lib
@@ -32,13 +34,95 @@ REMAT_POLICIES = {
 }
 """What the backward pass finds saved: everything, matrix products, or block inputs."""
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""The non-linearity of the MLP by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """All rotary frequencies divided by a factor: positions that are squeezed.
+
+    Source: Chen et al., arXiv:2306.15595.
+    """
+
+    factor: float
+    amplitude = 1.0
+
+    def __call__(self, frequency):
+        """f32[N] -> f32[N], radians a position."""
+        return frequency / np.float32(self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Low frequencies divided by a factor, high ones kept, those between mixed.
+
+    Source: the code that Llama 3.1 was released with; no paper has the formula.
+    """
+
+    factor: float
+    low: float  # turns within the old length below which a frequency is low
+    high: float  # turns above which it is high
+    old_positions: int  # longest text before the extension
+    amplitude = 1.0
+
+    def __call__(self, frequency):
+        """f32[N] -> f32[N], radians a position."""
+        turns = self.old_positions * frequency / np.float32(2 * math.pi)
+        mix = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return ((1 - mix) * frequency / self.factor + mix * frequency).astype("float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+    """Each rotary frequency divided by a factor of its own, and a larger amplitude.
+
+    Source: LongRoPE, arXiv:2402.13753, as Phi-3 and Phi-4-mini use it.
+    """
+
+    short: tuple[float, ...]  # a factor for each frequency, for texts of the old length
+    long: tuple[float, ...]  # the same for longer texts
+    is_long: bool  # which of the two a model computes with
+    old_positions: int  # longest text before the extension
+    new_positions: int  # and after it
+    amplitude: float  # of sine and cosine
+
+    def __call__(self, frequency):
+        """f32[N] -> f32[N], radians a position."""
+        factors = self.long if self.is_long else self.short
+        return frequency / np.asarray(factors, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding: how far each pair of a head's entries turns per position."""
+
+    theta: float = 10000.0  # base of the frequencies
+    fraction: float = 1.0  # of the head's entries that turn; its first ones
+    scaling: LinearScaling | Llama3Scaling | LongScaling | None = None
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """f32[N]: radians a position of each of the N pairs that turn."""
+        exponent = np.arange(0, self.size(head_dim), 2, dtype=np.float32)
+        exponent /= np.float32(self.size(head_dim))
+        frequency = np.float32(1.0) / np.float32(self.theta) ** exponent
+        return frequency if self.scaling is None else self.scaling(frequency)
+
+    def size(self, head_dim: int) -> int:
+        """Entries of a head that turn."""
+        return int(head_dim * self.fraction)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What may differ between the layers of one period."""
 
     window: int | None = None  # sliding attention window in positions; None: no limit
-    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rotary: Rotary | None = Rotary()  # None: attention is not told of positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +135,23 @@ class DecoderConfig:
     num_heads: int  # H, query heads
     num_kv_heads: int  # key and value heads; divides num_heads
     head_dim: int
-    mlp_width: int  # of the gated MLP's inner layer
+    mlp_width: int  # of the MLP's inner layer
     period: tuple[LayerKind, ...] = (LayerKind(),)  # repeated over the layers
-    norm_eps: float = 1e-5  # inside the square root of RMSNorm
+    norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
+    norm_eps: float = 1e-5  # inside the square root of the norm
+    norm_offset: float = 0.0  # added to the scale of RMSNorm; Gemma's is 1
+    norm_placement: str = "pre"  # where a block is normed: pre, post, or both
+    qk_norm: str = "none"  # of queries and keys: none, head (each) or all (together)
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention
+    mlp_bias: bool = False
+    gated: bool = True  # down(act(gate(x)) * up(x)), or down(act(up(x)))
+    activation: str = "silu"  # a name of ACTIVATIONS
+    parallel: bool = False  # attention and MLP of a layer read the same state
+    attention_scale: float | None = None  # of the logits; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # bound of attention's logits
+    logit_softcap: float | None = None  # bound of the logits over the vocabulary
+    learned_positions: bool = False  # a vector for each of max_positions
     tied: bool = True  # unembedding = embedding
     embedding_scale: float = 1.0  # what the embedding of a token is multiplied by
     max_positions: int | None = None  # longest text that it is made for; None: any
@@ -68,16 +166,24 @@ class DecoderConfig:
                 raise ValueError(f"`{name}` must be at least 1; got {self}.")
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"`max_positions` must be at least 1; got {self}.")
+        if self.learned_positions and self.max_positions is None:
+            raise ValueError(
+                "`learned_positions` are `max_positions` vectors; got None of them."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"`num_heads` must be a multiple of `num_kv_heads`; got "
                 f"{self.num_heads} and {self.num_kv_heads}."
             )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"`head_dim` must be even for rotary embedding; got {self.head_dim}."
-            )
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive or None; got {value}.")
         for name, allowed in (
+            ("norm", NORMS),
+            ("norm_placement", ("pre", "post", "both")),
+            ("qk_norm", ("none", "head", "all")),
+            ("activation", ACTIVATIONS),
             ("dtype", ("float32", "bfloat16")),
             ("attention", attention_lib.IMPLEMENTATIONS),
             ("remat", REMAT_POLICIES),
@@ -86,6 +192,28 @@ class DecoderConfig:
                 raise ValueError(
                     f"`{name}` must be one of {', '.join(allowed)}; got "
                     f"{getattr(self, name)!r}."
+                )
+        for kind in self.period:
+            self._check_kind(kind)
+
+    def _check_kind(self, kind: LayerKind):
+        if kind.window is not None and kind.window < 1:
+            raise ValueError(f"`window` must be at least 1 or None; got {kind.window}.")
+        if kind.rotary is None:
+            return
+        size = kind.rotary.size(self.head_dim)
+        if size % 2 or not 0 < size <= self.head_dim:
+            raise ValueError(
+                f"rotary embedding turns an even number of a head's entries, 2 or "
+                f"more; got {size} of `head_dim` {self.head_dim}."
+            )
+        scaling = kind.rotary.scaling
+        if isinstance(scaling, LongScaling):
+            lengths = {len(scaling.short), len(scaling.long)}
+            if lengths != {size // 2}:
+                raise ValueError(
+                    f"`LongScaling` needs a factor for each of {size // 2} "
+                    f"frequencies; got {len(scaling.short)} and {len(scaling.long)}."
                 )
 
 
@@ -96,19 +224,32 @@ PARAM_AXES = {
     "attention/key": ("embed", "kv_heads", "head_dim"),
     "attention/value": ("embed", "kv_heads", "head_dim"),
     "attention/out": ("heads", "head_dim", "embed"),
+    "attention/query_bias": ("heads", "bias"),
+    "attention/key_bias": ("kv_heads", "bias"),
+    "attention/value_bias": ("kv_heads", "bias"),
+    "attention/out_bias": ("bias",),
+    "query_norm/scale": ("norm", "norm"),
+    "key_norm/scale": ("norm", "norm"),
     "mlp/gate": ("embed", "mlp"),
     "mlp/up": ("embed", "mlp"),
     "mlp/down": ("mlp", "embed"),
-    "attention_norm/scale": ("norm",),
-    "mlp_norm/scale": ("norm",),
-    "final_norm/scale": ("norm",),
+    "mlp/gate_bias": ("bias",),
+    "mlp/up_bias": ("bias",),
+    "mlp/down_bias": ("bias",),
+    "scale": ("norm",),  # of the norms of the residual stream
+    "bias": ("norm",),
     "embedding": ("vocab", "embed"),
+    "positions": ("positions", "embed"),
     "unembedding": ("vocab", "embed"),
 }
 
 
 def _normal(rngs, shape, std):
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _zeros(*shape):
+    return nnx.Param(jnp.zeros(shape))
 
 
 def _residual_std(config, fan_in):
@@ -122,44 +263,91 @@ def _residual_std(config, fan_in):
 
 
 def _with_leading_axes(x, ndim):
-    """A vector as [1, ..., 1, n], so that it multiplies without rank promotion."""
-    return x.reshape((1,) * (ndim - 1) + x.shape)
+    """x as [1, ..., 1, *shape] of `ndim` axes: it broadcasts without rank promotion."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32."""
+    """x / sqrt(mean(x^2) + eps) * (scale + offset), in float32.
 
-    def __init__(self, config: DecoderConfig):
+    The mean is over as many of the last axes as the scale has, of 1 or more entries.
+    """
+
+    def __init__(self, config: DecoderConfig, *shape: int):
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - self.offset))
+
+    def __call__(self, x):
+        """[..., *shape] -> the same."""
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        axes = [-i for i, size in enumerate(scale.shape[::-1], 1) if size > 1 or i == 1]
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(x32 * x32, axis=axes, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean + self.eps)
+        return (normed * _with_leading_axes(scale, x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias, in float32."""
+
+    def __init__(self, config: DecoderConfig, *shape: int):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.width))
+        self.scale, self.bias = nnx.Param(jnp.ones(shape)), _zeros(*shape)
 
     def __call__(self, x):
         """[..., D] -> [..., D]."""
-        x32 = x.astype(jnp.float32)
-        mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(mean + self.eps)
-        scale = _with_leading_axes(self.scale[...].astype(jnp.float32), x.ndim)
-        return (normed * scale).astype(x.dtype)
+        scale, bias = (
+            _with_leading_axes(param[...].astype(jnp.float32), x.ndim)
+            for param in (self.scale, self.bias)
+        )
+        normed = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.eps)
+        return (normed * scale + bias).astype(x.dtype)
 
 
-def rotate(x, position, theta):
-    """Rotary embedding, half-split: the first half of a head pairs with the second.
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+"""Norms of the residual stream by name."""
+
+
+def rotate(x, position, rotary: Rotary):
+    """Rotary embedding, half-split: the first half of what turns pairs with the second.
 
     Args:
       x: [..., H, head_dim].
       position: i32[...].
-      theta: base of the frequencies.
+      rotary: which entries turn, and how far.
 
     Source: Su et al., arXiv:2104.09864, in the order that Hugging Face checkpoints use.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = jnp.asarray(rotary.frequencies(x.shape[-1]))
     frequency = _with_leading_axes(frequency, position.ndim + 1)
-    angle = position.astype(jnp.float32)[..., None] * frequency
-    sin, cos = jnp.sin(angle)[..., None, :], jnp.cos(angle)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    out = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(out, axis=-1).astype(x.dtype)
+    angle = (position.astype(jnp.float32)[..., None] * frequency)[..., None, :]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if rotary.scaling is not None and rotary.scaling.amplitude != 1:
+        sin, cos = sin * rotary.scaling.amplitude, cos * rotary.scaling.amplitude
+    half = frequency.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(y.astype(x.dtype) for y in turned), rest], axis=-1)
+
+
+def _project(x, matrix, bias, adapter, *, inputs: int = 1):
+    """x, over its last `inputs` axes, times a matrix; plus bias and low-rank adapter.
+
+    Args:
+      x: [..., *in].
+      matrix: nnx.Param [*in, *out].
+      bias: nnx.Param [*out] or None.
+      adapter: {"a": [*in, rank], "b": [rank, *out]} or None: a @ b is added.
+      inputs: axes of `in`.
+    """
+    out = jnp.tensordot(x, matrix[...].astype(x.dtype), inputs)
+    if adapter is not None:
+        low = jnp.tensordot(x, adapter["a"].astype(x.dtype), inputs)
+        out += jnp.tensordot(low, adapter["b"].astype(x.dtype), 1)
+    if bias is not None:
+        out += _with_leading_axes(bias[...].astype(x.dtype), out.ndim)
+    return out
 
 
 class Attention(nnx.Module):
@@ -175,49 +363,96 @@ class Attention(nnx.Module):
         self.key = _normal(rngs, (width, kv_heads, head_dim), std)
         self.value = _normal(rngs, (width, kv_heads, head_dim), std)
         self.out = _normal(rngs, (heads, head_dim, width), out_std)
+        bias = config.qkv_bias
+        self.query_bias = _zeros(heads, head_dim) if bias else None
+        self.key_bias = _zeros(kv_heads, head_dim) if bias else None
+        self.value_bias = _zeros(kv_heads, head_dim) if bias else None
+        self.out_bias = _zeros(width) if config.out_bias else None
+        together = config.qk_norm == "all"
+        self.query_norm, self.key_norm = (
+            None
+            if config.qk_norm == "none"
+            else RMSNorm(config, number if together else 1, head_dim)
+            for number in (heads, kv_heads)
+        )
 
-    def __call__(self, x, position, attend):
+    def __call__(self, x, position, attend, adapters):
         """[..., D] -> [..., D], and what `attend` keeps."""
         query, key, value = (
-            jnp.einsum("...d,dhf->...hf", x, weight[...].astype(x.dtype))
-            for weight in (self.query, self.key, self.value)
+            _project(x, matrix, bias, adapters.get(name))
+            for name, matrix, bias in (
+                ("query", self.query, self.query_bias),
+                ("key", self.key, self.key_bias),
+                ("value", self.value, self.value_bias),
+            )
         )
-        query = rotate(query, position, self.kind.rope_theta)
-        key = rotate(key, position, self.kind.rope_theta)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.kind.rotary is not None:
+            query = rotate(query, position, self.kind.rotary)
+            key = rotate(key, position, self.kind.rotary)
         out, kept = attend(query, key, value, self.kind.window)
-        return jnp.einsum("...hf,hfd->...d", out, self.out[...].astype(x.dtype)), kept
+        out = _project(out, self.out, self.out_bias, adapters.get("out"), inputs=2)
+        return out, kept
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        width, inner = config.width, config.mlp_width
-        self.gate = _normal(rngs, (width, inner), width**-0.5)
+        width, inner, bias = config.width, config.mlp_width, config.mlp_bias
+        self.activation = config.activation
+        gated = config.gated
+        self.gate = _normal(rngs, (width, inner), width**-0.5) if gated else None
         self.up = _normal(rngs, (width, inner), width**-0.5)
         self.down = _normal(rngs, (inner, width), _residual_std(config, inner))
+        self.gate_bias = _zeros(inner) if bias and gated else None
+        self.up_bias = _zeros(inner) if bias else None
+        self.down_bias = _zeros(width) if bias else None
 
-    def __call__(self, x):
+    def __call__(self, x, adapters):
         """[..., D] -> [..., D]."""
-        gate = jax.nn.silu(x @ self.gate[...].astype(x.dtype))
-        up = x @ self.up[...].astype(x.dtype)
-        return (gate * up) @ self.down[...].astype(x.dtype)
+        activation = ACTIVATIONS[self.activation]
+        inner = _project(x, self.up, self.up_bias, adapters.get("up"))
+        if self.gate is None:
+            inner = activation(inner)
+        else:
+            gate = _project(x, self.gate, self.gate_bias, adapters.get("gate"))
+            inner = activation(gate) * inner
+        return _project(inner, self.down, self.down_bias, adapters.get("down"))
 
 
 class Block(nnx.Module):
-    """One layer: attention, then MLP, each normed before and added after."""
+    """One layer: attention, then MLP or beside it, each normed and added."""
 
     def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config)
+        self.parallel = config.parallel
         self.attention = Attention(config, kind, rngs=rngs)
-        self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
+        norm = functools.partial(NORMS[config.norm], config, config.width)
+        before = config.norm_placement in ("pre", "both")
+        after = config.norm_placement in ("post", "both")
+        self.attention_norm = norm() if before else None
+        self.attention_post_norm = norm() if after else None
+        self.mlp_norm = norm() if before else None
+        self.mlp_post_norm = norm() if after else None
 
-    def __call__(self, x, position, attend):
+    def __call__(self, x, position, attend, adapters):
         """[..., D] -> [..., D], and what `attend` keeps."""
-        out, kept = self.attention(self.attention_norm(x), position, attend)
-        x = x + out
-        return x + self.mlp(self.mlp_norm(x)), kept
+        normed = _optional(self.attention_norm, x)
+        out, kept = self.attention(
+            normed, position, attend, adapters.get("attention", {})
+        )
+        after = x + _optional(self.attention_post_norm, out)
+        out = self.mlp(
+            _optional(self.mlp_norm, x if self.parallel else after),
+            adapters.get("mlp", {}),
+        )
+        return after + _optional(self.mlp_post_norm, out), kept
+
+
+def _optional(norm, x):
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -227,6 +462,16 @@ class Decoder(nnx.Module):
         self.config = config
         shape = (config.vocab_size, config.width)
         self.embedding = _normal(rngs, shape, config.width**-0.5)
+        # Positions are smaller than the embedding, so that the token is heard.
+        self.positions = (
+            _normal(
+                rngs,
+                (config.max_positions, config.width),
+                0.1 * config.embedding_scale * config.width**-0.5,
+            )
+            if config.learned_positions
+            else None
+        )
         self.num_periods, rest = divmod(config.num_layers, len(config.period))
 
         def stacked(kind):
@@ -248,17 +493,20 @@ class Decoder(nnx.Module):
                     for i, kind in enumerate(config.period[:rest])
                 }
             )
-        self.final_norm = RMSNorm(config)
+        self.final_norm = NORMS[config.norm](config, config.width)
         if not config.tied:
             self.unembedding = _normal(rngs, shape, config.width**-0.5)
 
-    def walk(self, tokens, position, make_attend, carry):
+    def walk(self, tokens, position, make_attend, carry, adapters):
         """Run all layers; returns the normed state, the carry and what layers kept.
 
         `make_attend(carry, layer)` returns the `attend` of a layer; what `attend`
-        keeps is (new carry, output stacked over layers).
+        keeps is (new carry, output stacked over layers). `adapters` has the layout of
+        the blocks, with {"a", "b"} in the place of a matrix; {}: none.
         """
         x = self.embedding[...][tokens] * self.config.embedding_scale
+        if self.positions is not None:
+            x += self.positions[...][position]
         x = x.astype(self.config.dtype)
         period = len(self.config.period)
         kept = []
@@ -266,13 +514,15 @@ class Decoder(nnx.Module):
             blocks, state = nnx.split(self.blocks)
 
             def one_period(carry_x, inputs):
-                state, index = inputs
+                state, adapters, index = inputs
                 layers = nnx.merge(blocks, state)
                 x, carry = carry_x
                 outputs = []
                 for i in range(period):
                     attend = make_attend(carry, index * period + i)
-                    x, (carry, output) = layers[str(i)](x, position, attend)
+                    x, (carry, output) = layers[str(i)](
+                        x, position, attend, adapters.get(str(i), {})
+                    )
                     outputs.append(output)
                 outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
                 return (x, carry), outputs
@@ -283,12 +533,15 @@ class Decoder(nnx.Module):
                     policy=REMAT_POLICIES[self.config.remat],
                     prevent_cse=False,  # inside a scan the barrier only costs time
                 )
-            indices = jnp.arange(self.num_periods)
-            (x, carry), outputs = jax.lax.scan(one_period, (x, carry), (state, indices))
+            inputs = (state, adapters.get("blocks", {}), jnp.arange(self.num_periods))
+            (x, carry), outputs = jax.lax.scan(one_period, (x, carry), inputs)
             kept.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outputs))
+        last_adapters = adapters.get("last_blocks", {})
         for i in range(self.config.num_layers - self.num_periods * period):
             attend = make_attend(carry, self.num_periods * period + i)
-            x, (carry, output) = self.last_blocks[str(i)](x, position, attend)
+            x, (carry, output) = self.last_blocks[str(i)](
+                x, position, attend, last_adapters.get(str(i), {})
+            )
             kept.append(jax.tree.map(lambda y: y[None], output))
         kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept)
         return self.final_norm(x), carry, kept
@@ -296,6 +549,9 @@ class Decoder(nnx.Module):
 
 def make_decoder(config: DecoderConfig) -> Model:
     """The functions of a decoder of this config.
+
+    Its parameters may carry low-rank `adapters` (`models/lora.py`); what else they hold
+    beside the decoder's own, such as a reward head, is for others.
 
     >>> config = DecoderConfig(vocab_size=7, width=8, num_layers=2, num_heads=2,
     ...                        num_kv_heads=1, head_dim=4, mlp_width=16)
@@ -307,30 +563,33 @@ def make_decoder(config: DecoderConfig) -> Model:
     (1, 3, 8)
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: _build(config, 0)))
+    shapes = nnx.to_pure_dict(abstract)
 
-    def module(params) -> Decoder:
+    def walk(params, tokens, position, make_attend, carry):
         state = jax.tree.map(lambda leaf: leaf, abstract)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)
+        nnx.replace_by_pure_dict(state, {name: params[name] for name in shapes})
+        decoder = nnx.merge(graph, state)
+        adapters = params.get("adapters", {})
+        return decoder.walk(tokens, position, make_attend, carry, adapters)
 
-    sizes = jax.tree.leaves(nnx.to_pure_dict(abstract))
-    num_params = sum(leaf.size for leaf in sizes)
-    embedding_size = config.vocab_size * config.width
-    # The lookup costs nothing; the unembedding does, tied or not.
-    flops = 2.0 * (num_params - (0 if config.tied else embedding_size))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    # Lookups cost nothing; the unembedding does, tied or not.
+    free = 0 if config.tied else config.vocab_size * config.width
+    free += config.max_positions * config.width if config.learned_positions else 0
     return Model(
         init=lambda key: nnx.to_pure_dict(nnx.state(_build(config, key))),
-        hidden=functools.partial(_hidden, module, config),
+        hidden=functools.partial(_hidden, walk, config),
         unembedding=lambda params: params[
             "embedding" if config.tied else "unembedding"
         ],
         init_cache=functools.partial(_init_cache, config),
-        prefill=functools.partial(_prefill, module, config),
-        decode=functools.partial(_decode, module),
+        prefill=functools.partial(_prefill, walk, config),
+        decode=functools.partial(_decode, walk, config),
         param_axes=param_axes,
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
-        flops_per_token=flops,
+        flops_per_token=2.0 * (num_params - free),
+        logit_softcap=config.logit_softcap,
     )
 
 
@@ -358,19 +617,24 @@ def param_axes(params) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _hidden(module, config, params, tokens, position, end):
+def _attention_options(config):
+    return {"scale": config.attention_scale, "softcap": config.attention_softcap}
+
+
+def _hidden(walk, config, params, tokens, position, end):
     attention = attention_lib.IMPLEMENTATIONS[config.attention]
+    options = _attention_options(config)
 
     def make_attend(carry, layer):
         del layer
 
         def attend(query, key, value, window):
-            out = attention(query, key, value, position, end, window=window)
+            out = attention(query, key, value, position, end, window=window, **options)
             return out, (carry, ())
 
         return attend
 
-    return module(params).walk(tokens, position, make_attend, ())[0]
+    return walk(params, tokens, position, make_attend, ())[0]
 
 
 def _init_cache(config, num_prompts, prompt_length, num_samples, num_steps):
@@ -383,8 +647,9 @@ def _init_cache(config, num_prompts, prompt_length, num_samples, num_steps):
     }
 
 
-def _prefill(module, config, params, tokens, length, cache):
+def _prefill(walk, config, params, tokens, length, cache):
     attention = attention_lib.IMPLEMENTATIONS[config.attention]
+    options = _attention_options(config)
     index = jnp.arange(tokens.shape[1])
     position = jnp.broadcast_to(index, tokens.shape)
     # Padding sees and is seen by itself alone; `length` hides it from the samples.
@@ -394,16 +659,16 @@ def _prefill(module, config, params, tokens, length, cache):
         del layer
 
         def attend(query, key, value, window):
-            out = attention(query, key, value, position, end, window=window)
+            out = attention(query, key, value, position, end, window=window, **options)
             return out, (carry, {"key": key, "value": value})
 
         return attend
 
-    _, _, kept = module(params).walk(tokens, position, make_attend, ())
+    _, _, kept = walk(params, tokens, position, make_attend, ())
     return {**cache, "prompt": kept}
 
 
-def _decode(module, params, tokens, length, step, cache):
+def _decode(walk, config, params, tokens, length, step, cache):
     position = jnp.broadcast_to(length[:, None] + step, tokens.shape)
     prompt = cache["prompt"]
 
@@ -423,10 +688,11 @@ def _decode(module, params, tokens, length, step, cache):
                 prompt_length=length,
                 step=step,
                 window=window,
+                **_attention_options(config),
             )
             return out, (new, ())
 
         return attend
 
-    hidden, own, _ = module(params).walk(tokens, position, make_attend, cache["own"])
+    hidden, own, _ = walk(params, tokens, position, make_attend, cache["own"])
     return hidden, {**cache, "own": own}

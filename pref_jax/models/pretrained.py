@@ -1,63 +1,90 @@
-"""Hugging Face checkpoints of the Llama layout -> our config and parameters.
+"""Hugging Face checkpoints -> our config and parameters, and back.
 
-Only safetensors are read. Everything that the folder says and that this decoder does
-not compute is an error: a model that loads is the model that was saved.
+Only safetensors are read. Everything that a folder says and that the decoder does not
+compute is an error, and so is every tensor that is missing, left over or of another
+shape: a model that loads is the model that was saved, and a folder that is written
+reads back as the same model. What families there are stands in `models/families.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import mmap
 import pathlib
+import re
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pref_jax.models.decoder import DecoderConfig, LayerKind
+from pref_jax.models.decoder import DecoderConfig, LongScaling, make_decoder
+from pref_jax.models.families import (
+    FAMILIES,
+    MULTIMODAL,
+    Family,
+    Tensor,
+    UnsupportedConfigError,
+    axis_sizes,
+)
+from pref_jax.types import PyTree
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+_COMPUTE = ("dtype", "attention", "remat")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+_TOKENIZER_FILES += ("added_tokens.json", "chat_template*")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class CheckpointFormatError(ValueError):
     """A checkpoint folder that cannot be read as the model it says it is."""
 
 
-# Our parameter (last two names of its path) -> tensor name in a layer, and how the
-# tensor of shape [out, in] becomes ours. H heads, F head_dim, D width.
-_LAYER_TENSORS = {
-    "attention_norm/scale": ("input_layernorm.weight", lambda x, c: x),
-    "attention/query": (
-        "self_attn.q_proj.weight",
-        lambda x, c: x.T.reshape(c.width, c.num_heads, c.head_dim),
-    ),
-    "attention/key": (
-        "self_attn.k_proj.weight",
-        lambda x, c: x.T.reshape(c.width, c.num_kv_heads, c.head_dim),
-    ),
-    "attention/value": (
-        "self_attn.v_proj.weight",
-        lambda x, c: x.T.reshape(c.width, c.num_kv_heads, c.head_dim),
-    ),
-    "attention/out": (
-        "self_attn.o_proj.weight",
-        lambda x, c: x.T.reshape(c.num_heads, c.head_dim, c.width),
-    ),
-    "mlp_norm/scale": ("post_attention_layernorm.weight", lambda x, c: x),
-    "mlp/gate": ("mlp.gate_proj.weight", lambda x, c: x.T),
-    "mlp/up": ("mlp.up_proj.weight", lambda x, c: x.T),
-    "mlp/down": ("mlp.down_proj.weight", lambda x, c: x.T),
-}
+# --- config ---------------------------------------------------------------------------
 
 
-def load_config(path: str) -> DecoderConfig:
+def load_config(path: str, *, max_positions: int | None = None) -> DecoderConfig:
     """The decoder config that a Hugging Face folder describes.
 
     Args:
       path: folder with `config.json`.
+      max_positions: longest text that the model will read. None: as the config says;
+        for a model with LongRoPE (Phi-3, Phi-4-mini) its length before the extension,
+        since it computes longer texts with other frequencies.
 
     Raises:
       CheckpointFormatError: no config, another architecture, or a feature of it that
         the decoder does not compute.
     """
+    config = DecoderConfig(**_read_fields(path)[1])
+    longest = config.max_positions
+    for kind in config.period:
+        scaling = kind.rotary and kind.rotary.scaling
+        if isinstance(scaling, LongScaling):
+            longest = max_positions or scaling.old_positions
+            config = _with_long_positions(config, longest > scaling.old_positions)
+    return dataclasses.replace(config, max_positions=max_positions or longest)
+
+
+def _with_long_positions(config: DecoderConfig, is_long: bool) -> DecoderConfig:
+    def kind_of(kind):
+        scaling = dataclasses.replace(kind.rotary.scaling, is_long=is_long)
+        rotary = dataclasses.replace(kind.rotary, scaling=scaling)
+        return dataclasses.replace(kind, rotary=rotary)
+
+    return dataclasses.replace(config, period=tuple(map(kind_of, config.period)))
+
+
+def _hf_config(path):
     folder = pathlib.Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointFormatError(
@@ -66,149 +93,80 @@ def load_config(path: str) -> DecoderConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointFormatError(
             f"{path}/config.json cannot be read: {error}"
         ) from error
-    if config.model_type != "llama":
+
+
+def _read_fields(path) -> tuple[Family, dict]:
+    config = _hf_config(path)
+    name = MULTIMODAL.get(config.model_type, config.model_type)
+    if config.model_type in MULTIMODAL:
+        config = config.text_config
+    if name not in FAMILIES or config.model_type != name:
         raise CheckpointFormatError(
-            f"{path} is of model type {config.model_type!r}; only 'llama' is read."
+            f"{path} is of model type {config.model_type!r}; these are read: "
+            f"{', '.join(sorted({*FAMILIES, *MULTIMODAL}))}."
         )
-    rope = dict(config.rope_parameters)
-    unsupported = {
-        "rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
-        "attention_bias": (config.attention_bias, False),
-        "mlp_bias": (config.mlp_bias, False),
-        "hidden_act": (config.hidden_act, "silu"),
-        "quantization_config": (getattr(config, "quantization_config", None), None),
-    }
-    for name, (value, needed) in unsupported.items():
-        if value != needed:
-            raise CheckpointFormatError(
-                f"{path}/config.json has {name} = {value!r}; the decoder computes "
-                f"{needed!r} only."
-            )
-    heads = config.num_attention_heads
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        width=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=config.num_key_value_heads or heads,
-        head_dim=config.head_dim or config.hidden_size // heads,
-        mlp_width=config.intermediate_size,
-        period=(LayerKind(rope_theta=float(rope["rope_theta"])),),
-        norm_eps=config.rms_norm_eps,
-        tied=config.tie_word_embeddings,
-        max_positions=config.max_position_embeddings,
-    )
+    try:
+        return FAMILIES[name], FAMILIES[name].read(config)
+    except UnsupportedConfigError as error:
+        raise CheckpointFormatError(f"{path}/config.json {error}") from error
 
 
-def load(path: str, **overrides) -> tuple[DecoderConfig, dict]:
-    """Read a checkpoint folder.
+# --- files ----------------------------------------------------------------------------
 
-    Args:
-      path: folder with `config.json` and `model.safetensors`, or the parts that
-        `model.safetensors.index.json` names.
-      **overrides: fields of `DecoderConfig` that say how to compute, such as `dtype`,
-        `attention` and `remat`.
 
-    Returns:
-      The config, and the parameters as float32 host arrays in the nested dict that
-      `make_decoder(config)` takes.
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One tensor in a file, mapped into memory and not read yet."""
 
-    Raises:
-      CheckpointFormatError: as `load_config`; no safetensors; a tensor is missing, left
-        over, or of another shape than the config says.
-    """
-    config = dataclasses.replace(load_config(path), **overrides)
-    tensors = _read_tensors(pathlib.Path(path))
+    pages: mmap.mmap
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
 
-    def take(name, shape):
-        if name not in tensors:
-            raise CheckpointFormatError(f"{path} lacks the tensor {name} {shape}.")
-        tensor = tensors.pop(name)
-        if tensor.shape != shape:
-            raise CheckpointFormatError(
-                f"{path}: tensor {name} has shape {tensor.shape}; config.json makes it "
-                f"{shape}."
-            )
-        if tensor.dtype.name not in _FLOATS:
-            raise CheckpointFormatError(
-                f"{path}: tensor {name} is of type {tensor.dtype}; only "
-                f"{', '.join(_FLOATS)} are read."
-            )
-        return tensor.astype(np.float32)
-
-    width, inner = config.width, config.mlp_width
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    shapes = {
-        "attention_norm/scale": (width,),
-        "attention/query": (queries, width),
-        "attention/key": (keys, width),
-        "attention/value": (keys, width),
-        "attention/out": (width, queries),
-        "mlp_norm/scale": (width,),
-        "mlp/gate": (inner, width),
-        "mlp/up": (inner, width),
-        "mlp/down": (width, inner),
-    }
-    block: dict = {}
-    for ours, (theirs, convert) in _LAYER_TENSORS.items():
-        stacked = np.stack(
-            [
-                convert(take(f"model.layers.{i}.{theirs}", shapes[ours]), config)
-                for i in range(config.num_layers)
-            ]
+    def array(self) -> np.ndarray:
+        """The whole tensor, read where it is touched."""
+        values = np.frombuffer(
+            self.pages,
+            _DTYPES[self.dtype],
+            count=int(np.prod(self.shape)),
+            offset=self.start,
         )
-        module, name = ours.split("/")
-        block.setdefault(module, {})[name] = stacked
-    vocabulary = (config.vocab_size, width)
-    params = {
-        "embedding": take("model.embed_tokens.weight", vocabulary),
-        "blocks": {"0": block},
-        "final_norm": {"scale": take("model.norm.weight", (width,))},
-    }
-    if config.tied:
-        # Some savers write the tied copy; one that differs makes another model.
-        copy = tensors.pop("lm_head.weight", params["embedding"])
-        if not np.array_equal(copy, params["embedding"]):
-            raise CheckpointFormatError(
-                f"{path}/config.json has tie_word_embeddings = True, and the tensor "
-                f"lm_head.weight differs from model.embed_tokens.weight; set it to "
-                f"false to read both."
-            )
-    else:
-        params["unembedding"] = take("lm_head.weight", vocabulary)
-    # Old checkpoints hold the rotary frequencies, which follow from the config.
-    surplus = sorted(name for name in tensors if "rotary_emb.inv_freq" not in name)
-    if surplus:
-        raise CheckpointFormatError(
-            f"{path} has {len(surplus)} tensors that the config does not speak of, "
-            f"first {surplus[0]}."
-        )
-    return config, params
+        return values.reshape(self.shape)
+
+    def release(self) -> None:
+        """Give back the memory of the pages that were read; the file has them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self.pages.madvise(mmap.MADV_DONTNEED, first, self.stop - first)
 
 
-def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
+    """Every tensor of a folder by its name in the files."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
+    files, promised = ["model.safetensors"], None
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            promised = json.loads(index.read_text())["weight_map"]
+            files = sorted(set(promised.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointFormatError(
                 f"{index} does not map tensors to files: {error!r}"
             ) from error
-    else:
-        files = ["model.safetensors"]
-    tensors = {}
+    tensors: dict[str, _Stored] = {}
     for name in files:
-        if not (folder / name).is_file():
-            others = sorted(p.name for p in folder.glob("*.bin"))
+        path = folder / name
+        if not path.is_file():
+            others = sorted(
+                p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))
+            )
             raise CheckpointFormatError(
                 f"{folder} has no {name}"
                 + (
@@ -219,11 +177,506 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
                 + ". Save the model with safetensors."
             )
         try:
-            with safe_open(folder / name, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118  (not a dict)
-                    tensors[key] = file.get_tensor(key)
+            with safe_open(path, framework="numpy"):
+                pass  # checks that the header is whole and its ranges fill the file
         except SafetensorError as error:
             raise CheckpointFormatError(
-                f"{folder / name} is not a whole safetensors file: {error}"
+                f"{path} is not a whole safetensors file: {error}"
             ) from error
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = int.from_bytes(pages[:8], "little")
+        header = json.loads(pages[8 : 8 + size])
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            shape = tuple(entry["shape"])
+            if key in tensors:
+                raise CheckpointFormatError(f"{folder} has the tensor {key} twice.")
+            tensors[key] = _Stored(pages, start, stop, entry["dtype"], shape)
+    lacking = sorted(set(promised or ()) - set(tensors))
+    if lacking:
+        raise CheckpointFormatError(
+            f"{index} promises {len(lacking)} tensors that its files lack, first "
+            f"{lacking[0]}."
+        )
     return tensors
+
+
+_TEXT_PART = re.compile(r"^(language_model\.|model\.language_model\.)")
+_OTHER_PART = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def _text_part(tensors: dict[str, _Stored], path) -> dict[str, _Stored]:
+    """The tensors of a multimodal model's text part, named as the text model's."""
+    found = {}
+    for name, stored in tensors.items():
+        if _OTHER_PART.match(name):
+            continue
+        prefix = _TEXT_PART.match(name)
+        if prefix:
+            base = "model." if prefix[1] == "model.language_model." else ""
+            name = base + name[prefix.end() :]
+        found[name] = stored
+    _logger.info(
+        "%s: the text part is read; %d of %d tensors belong to other parts",
+        *(path, len(tensors) - len(found), len(tensors)),
+    )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a parameter of ours lies: one tensor, or one for each layer of a stack."""
+
+    tensors: tuple[Tensor, ...]
+    stacked: bool
+
+
+def _place(family: Family, config: DecoderConfig, path: str) -> _Place:
+    """Where the parameter at a path such as `blocks/0/mlp/up` lies in the files.
+
+    Raises:
+      CheckpointFormatError: the family has no such parameter.
+    """
+    period = len(config.period)
+    num_periods = config.num_layers // period
+    room, _, rest = path.partition("/")
+    if room in ("blocks", "last_blocks"):
+        offset, _, path_in_layer = rest.partition("/")
+        first = int(offset)
+        if room == "blocks":
+            layers = range(first, num_periods * period, period)
+        else:
+            layers = range(num_periods * period + first, config.num_layers, period)
+        tensors = tuple(family.tensor(path_in_layer, layer) for layer in layers)
+    else:
+        tensors = (family.tensor(path),)
+    if tensors[0] is None:
+        raise CheckpointFormatError(
+            f"checkpoints of {family.model_type} have no place for the parameter "
+            f"{path}."
+        )
+    return _Place(tensors, stacked=room == "blocks")
+
+
+class _Reader:
+    """Our parameters of a folder, one part of one parameter at a time."""
+
+    def __init__(self, path, family: Family, config: DecoderConfig):
+        self.path, self.family, self.config = path, family, config
+        self.sizes = axis_sizes(config)
+        self.tensors = _stored_tensors(pathlib.Path(path))
+        if _hf_config(path).model_type in MULTIMODAL:
+            self.tensors = _text_part(self.tensors, path)
+        if not any(name.startswith(family.base) for name in self.tensors):
+            # Files of the bare model, as GPT-2's own: only heads keep their names.
+            head = ("lm_head.", "score.", "embed_out.")
+            self.tensors = {
+                name if name.startswith(head) else family.base + name: stored
+                for name, stored in self.tensors.items()
+            }
+        self.unread = {
+            name for name in self.tensors if not name.endswith(family.ignored)
+        }
+
+    def find(self, tensor: Tensor) -> _Stored:
+        """The tensor in the files, whose shape and type are as they must be."""
+        shape = tensor.shape(self.sizes)
+        if tensor.name not in self.tensors:
+            raise CheckpointFormatError(
+                f"{self.path} lacks the tensor {tensor.name} {shape}."
+            )
+        stored = self.tensors[tensor.name]
+        if stored.shape != shape:
+            raise CheckpointFormatError(
+                f"{self.path}: tensor {tensor.name} has shape {stored.shape}; "
+                f"config.json makes it {shape}."
+            )
+        if stored.dtype not in _DTYPES:
+            raise CheckpointFormatError(
+                f"{self.path}: tensor {tensor.name} is of type {stored.dtype}; only "
+                f"{', '.join(_DTYPES)} are read."
+            )
+        self.unread.discard(tensor.name)
+        return stored
+
+    def read(self, place: _Place, index, dtype) -> np.ndarray:
+        """The part of a parameter that an index, one slice an axis, speaks of."""
+        layers, inside = (index[0], index[1:]) if place.stacked else (slice(1), index)
+        chosen = place.tensors[layers]
+        out = None
+        for number, tensor in enumerate(chosen):
+            stored = self.find(tensor)
+            part = tensor.view(stored.array(), self.sizes)[tuple(inside)]
+            if out is None:
+                out = np.empty((len(chosen), *part.shape), dtype)
+            out[number] = part
+            del part
+            stored.release()
+        return out if place.stacked else out[0]
+
+
+def load(
+    path: str,
+    *,
+    shardings: PyTree = None,
+    param_dtype: str = "float32",
+    max_positions: int | None = None,
+    **compute,
+) -> tuple[DecoderConfig, dict]:
+    """Read a checkpoint folder.
+
+    The files are mapped into memory, and each device reads only its part of each
+    parameter, one parameter at a time: no device and no process ever holds more than it
+    keeps, beside one part that is on its way.
+
+    Args:
+      path: folder with `config.json` and `model.safetensors`, or the parts that
+        `model.safetensors.index.json` names. Of a multimodal model (Gemma 3, Mistral
+        Small 3.1) the text part is read. A reward model
+        (`AutoModelForSequenceClassification` with one label) is read with its head.
+      shardings: the sharding of each parameter, in the layout of the parameters
+        (`train.sharding.model_shardings`). None: arrays of NumPy on the host.
+      param_dtype: of the parameters: float32 to train them, bfloat16 to keep them.
+      max_positions: as in `load_config`.
+      **compute: fields of `DecoderConfig` that say how to compute: `dtype`, `attention`
+        and `remat`.
+
+    Returns:
+      The config, and the parameters in the nested dict that `make_decoder(config)`
+      takes; a reward model has its head under `reward_head`, [D], and counts as tied.
+
+    Raises:
+      CheckpointFormatError: as `load_config`; no safetensors; a tensor is missing, left
+        over, or of another shape than the config says.
+      ValueError: a field of `compute` is not one of the three, or a wrong
+        `param_dtype`.
+    """
+    unknown = sorted(set(compute) - set(_COMPUTE))
+    if unknown or param_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"`load` takes {', '.join(_COMPUTE)}, and a `param_dtype` of float32 or "
+            f"bfloat16; got {', '.join(unknown) or repr(param_dtype)}."
+        )
+    family, _ = _read_fields(path)
+    config = load_config(path, max_positions=max_positions)
+    config = dataclasses.replace(config, **compute)
+    reader = _Reader(path, family, config)
+    head = family.tensor("reward_head")
+    is_reward_model = head.name in reader.tensors
+    if is_reward_model:
+        config = dataclasses.replace(config, tied=True)
+    shapes = _shapes(config, is_reward_model)
+    if config.tied:
+        _check_tied_copy(reader)
+    dtype = np.dtype(jnp.dtype(param_dtype))
+
+    def read(key_path, leaf, sharding):
+        place = _place(family, config, _path_name(key_path))
+        for tensor in place.tensors:
+            reader.find(tensor)
+        if sharding is None:
+            return reader.read(place, (slice(None),) * len(leaf.shape), dtype)
+        parts: dict = {}  # devices that hold the same part share one read
+
+        def part(index):
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in parts:
+                parts[key] = reader.read(place, index, dtype)
+            return parts[key]
+
+        array = jax.make_array_from_callback(leaf.shape, sharding, part)
+        return array.block_until_ready()
+
+    if shardings is None:
+        shardings = jax.tree.map(lambda leaf: None, shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    placed = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+    if len(leaves) != len(placed):
+        raise ValueError(
+            f"`shardings` has {len(placed)} leaves; the parameters have {len(leaves)}."
+        )
+    values = [
+        read(key_path, leaf, sharding)
+        for (key_path, leaf), sharding in zip(leaves, placed, strict=True)
+    ]
+    surplus = sorted(reader.unread)
+    if surplus:
+        raise CheckpointFormatError(
+            f"{path} has {len(surplus)} tensors that the config does not speak of, "
+            f"first {surplus[0]}."
+        )
+    return config, jax.tree.unflatten(jax.tree.structure(shapes), values)
+
+
+def _shapes(config: DecoderConfig, is_reward_model: bool) -> PyTree:
+    shapes = jax.eval_shape(make_decoder(config).init, jax.random.key(0))
+    if is_reward_model:
+        shapes["reward_head"] = jax.ShapeDtypeStruct((config.width,), jnp.float32)
+    return shapes
+
+
+def _path_name(key_path) -> str:
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def _check_tied_copy(reader: _Reader) -> None:
+    """Some savers write the tied copy; one that differs makes another model."""
+    embedding, copy = map(reader.family.tensor, ("embedding", "unembedding"))
+    if copy.name not in reader.tensors:
+        return
+    values = [reader.find(tensor).array() for tensor in (embedding, copy)]
+    if not np.array_equal(*values):
+        raise CheckpointFormatError(
+            f"{reader.path}/config.json has tie_word_embeddings = True, and the tensor "
+            f"{copy.name} differs from {embedding.name}; set it to false to read both."
+        )
+
+
+# --- saving ---------------------------------------------------------------------------
+
+
+def save(
+    path: str,
+    config: DecoderConfig,
+    params: PyTree,
+    *,
+    like: str | None = None,
+    family: str | None = None,
+    tokenizer=None,
+    card: str = "",
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> pathlib.Path:
+    """Write a folder that `transformers` opens.
+
+    Args:
+      path: of the folder; new or empty.
+      config: of the decoder.
+      params: its parameters, arrays of any kind; with a `reward_head` the folder is one
+        of `AutoModelForSequenceClassification`.
+      like: a Hugging Face folder that the model came from: family, token ids,
+        generation config and, without `tokenizer`, tokenizer files are taken from it.
+      family: a model type of `families.FAMILIES`. None: that of `like`; without it the
+        first that can say all of `config`.
+      tokenizer: of `transformers`; saved with its chat template.
+      card: text of README.md, as of `model_card`.
+      dtype: of the tensors: float32, bfloat16 or float16; None: that of `params`.
+      max_shard_bytes: of a file; more tensors go into another.
+
+    Returns:
+      The folder.
+
+    Raises:
+      FileExistsError: the folder holds something.
+      CheckpointFormatError: the family cannot say all of `config`, or has no place for
+        a parameter (adapters are to be merged first).
+      ValueError: a parameter is missing, unknown, or not fully on this process.
+    """
+    folder = pathlib.Path(path)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; save into a new folder.")
+    is_reward_model = "reward_head" in params
+    chosen, hf_config = _describe(config, like, family, is_reward_model)
+    plan = _plan_files(chosen, config, params, is_reward_model, dtype)
+    hf_config.architectures = [chosen.architecture]
+    if is_reward_model:
+        default = chosen.architecture.replace(
+            "ForCausalLM", "ForSequenceClassification"
+        )
+        hf_config.architectures = [chosen.reward_architecture or default]
+        hf_config.num_labels = 1
+    if tokenizer is not None:
+        for name in _TOKEN_IDS:
+            if getattr(tokenizer, name) is not None:
+                setattr(hf_config, name, getattr(tokenizer, name))
+    hf_config.dtype = next(iter(plan.values())).dtype.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder, plan, max_shard_bytes)
+    hf_config.save_pretrained(folder)
+    _write_companions(folder, hf_config, like, tokenizer, is_reward_model)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def _describe(config, like, family, is_reward_model):
+    """The family that says all of a config, and its Hugging Face config."""
+    if like is not None:
+        its_family, fields = _read_fields(like)
+        hf_config = _hf_config(like)
+        hf_config = getattr(hf_config, "text_config", hf_config)
+        same = not _differences(config, DecoderConfig(**fields), is_reward_model, like)
+        if same and family in (None, its_family.model_type):
+            return its_family, hf_config
+        family = family or its_family.model_type
+    if family is not None and family not in FAMILIES:
+        raise CheckpointFormatError(
+            f"`family` must be one of {', '.join(FAMILIES)}; got {family!r}."
+        )
+    problems = []
+    for candidate in FAMILIES.values() if family is None else (FAMILIES[family],):
+        hf_config, problem = _try_family(candidate, config, is_reward_model)
+        if problem:
+            problems.append(f"{candidate.model_type}: {problem}")
+            continue
+        if like is not None:
+            for name in _TOKEN_IDS:
+                setattr(hf_config, name, getattr(_hf_config(like), name, None))
+        return candidate, hf_config
+    raise CheckpointFormatError(
+        "no family of checkpoints says all of this config; what each would change: "
+        + "; ".join(problems)
+    )
+
+
+def _try_family(family: Family, config, is_reward_model):
+    """A Hugging Face config, and what is lost when it is read back: "" if nothing."""
+    from transformers import AutoConfig
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # most of those that are tried do not fit
+    try:
+        hf_config = AutoConfig.for_model(
+            family.model_type,
+            **dict.fromkeys(_TOKEN_IDS),  # its defaults are another model's
+            **family.write(config),
+        )
+        back = DecoderConfig(**family.read(hf_config))
+    except ValueError as error:
+        return None, str(error)
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    return hf_config, _differences(config, back, is_reward_model)
+
+
+def _differences(config, other, is_reward_model, like=None) -> str:
+    """Fields that two configs differ in, but for how they compute."""
+    ignored = {*_COMPUTE, *(("tied",) if is_reward_model else ())}
+    scalings = [kind.rotary and kind.rotary.scaling for kind in config.period]
+    is_stretched = any(isinstance(x, LongScaling) for x in scalings)
+    # Files of a model that was told to read shorter texts keep their own length.
+    if config.max_positions is None or is_stretched or like is not None:
+        ignored.add("max_positions")
+    if is_stretched:
+        config, other = (_with_long_positions(c, False) for c in (config, other))
+    found = []
+    for field in dataclasses.fields(DecoderConfig):
+        values = getattr(config, field.name), getattr(other, field.name)
+        if field.name not in ignored and values[0] != values[1]:
+            found.append(f"{field.name} {values[0]} -> {values[1]}")
+    return ", ".join(found)
+
+
+@dataclasses.dataclass
+class _Planned:
+    """One tensor to write: its shape and type, and which parameters fill it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sizes: dict[str, int]  # of the axes that `Tensor` speaks of
+    sources: list[tuple[Tensor, jax.Array | np.ndarray, int | None]]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def _plan_files(family, config, params, is_reward_model, dtype) -> dict[str, _Planned]:
+    expected = _shapes(config, is_reward_model)
+    given, needed = (
+        {_path_name(k): leaf for k, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, expected)
+    )
+    for name in sorted(given.keys() ^ needed.keys()):
+        state = "lack" if name in needed else "have"
+        raise ValueError(
+            f"the parameters {state} {name}, against their config; merge adapters "
+            f"before saving (`lora.merge`)."
+        )
+    sizes = axis_sizes(config)
+    plan: dict[str, _Planned] = {}
+    for name, leaf in given.items():
+        if tuple(leaf.shape) != needed[name].shape:
+            raise ValueError(
+                f"parameter {name} has shape {leaf.shape}; its config makes it "
+                f"{needed[name].shape}."
+            )
+        if not getattr(leaf, "is_fully_addressable", True):
+            raise ValueError(
+                f"parameter {name} lies on other processes too; gather it before "
+                f"saving (`jax.experimental.multihost_utils.process_allgather`)."
+            )
+        of_leaf = np.dtype(jnp.dtype(dtype or leaf.dtype))
+        place = _place(family, config, name)
+        for number, tensor in enumerate(place.tensors):
+            planned = plan.setdefault(
+                tensor.name, _Planned(tensor.shape(sizes), of_leaf, sizes, [])
+            )
+            planned.sources.append((tensor, leaf, number if place.stacked else None))
+    for name, planned in plan.items():
+        filled = sum(t.size(sizes) for t, _, _ in planned.sources)
+        if filled != np.prod(planned.shape):
+            raise CheckpointFormatError(
+                f"checkpoints of {family.model_type} have one tensor {name}, of which "
+                f"the parameters fill a part only."
+            )
+    return plan
+
+
+def _write_tensors(folder, plan: dict[str, _Planned], max_shard_bytes: int) -> None:
+    """safetensors files, one file's tensors in memory at a time."""
+    from safetensors.numpy import save_file
+
+    files: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, planned in plan.items():
+        if planned.num_bytes > room and files[-1]:
+            files.append([])
+            room = max_shard_bytes
+        files[-1].append(name)
+        room -= planned.num_bytes
+    names = {}
+    for number, members in enumerate(files, 1):
+        file = "model.safetensors"
+        if len(files) > 1:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {name: _assemble(plan[name]) for name in members}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(members, file)
+    if len(files) > 1:
+        total = sum(planned.num_bytes for planned in plan.values())
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _assemble(planned: _Planned) -> np.ndarray:
+    out = np.empty(planned.shape, planned.dtype)
+    for tensor, leaf, number in planned.sources:
+        values = leaf if number is None else leaf[number]
+        tensor.view(out, planned.sizes)[...] = np.asarray(values)
+    return out
+
+
+def _write_companions(folder, hf_config, like, tokenizer, is_reward_model) -> None:
+    """Tokenizer, chat template, generation config."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif like is not None:
+        for pattern in _TOKENIZER_FILES:
+            for file in sorted(pathlib.Path(like).glob(pattern)):
+                copy = shutil.copytree if file.is_dir() else shutil.copy
+                copy(file, folder / file.name)
+    if is_reward_model:
+        return
+    generation = pathlib.Path(like or "") / "generation_config.json"
+    if like is not None and generation.is_file():
+        shutil.copy(generation, folder / generation.name)
+        return
+    from transformers import GenerationConfig
+
+    ids = {name: getattr(hf_config, name, None) for name in _TOKEN_IDS}
+    GenerationConfig(**ids).save_pretrained(folder)

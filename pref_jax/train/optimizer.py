@@ -21,7 +21,7 @@ class OptimizerConfig:
     warmup_steps: int = 0  # linear from 0
     schedule: str = "cosine"  # constant, linear or cosine, over all steps
     clip_norm: float = 1.0  # of the global gradient
-    weight_decay: float = 0.0  # not on norms
+    weight_decay: float = 0.0  # not on norms and biases
     b1: float = 0.9  # decay of the mean gradient
     b2: float = 0.95  # decay of the mean squared gradient; ours: short runs
     eps: float = 1e-8  # added to the root of the mean squared gradient
@@ -78,10 +78,10 @@ def make_optimizer(
     Args:
       config: plain values.
       num_steps: of the run.
-      param_axes: logical axis names a leaf; what has the axis "norm" is not decayed.
+      param_axes: logical axis names a leaf; an axis "norm" or "bias" means no decay.
     """
     mask = jax.tree.map(
-        lambda axes: "norm" not in axes,
+        lambda axes: not {"norm", "bias"} & set(axes),
         param_axes,
         is_leaf=lambda x: isinstance(x, tuple),
     )

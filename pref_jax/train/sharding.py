@@ -31,6 +31,9 @@ RULES = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "bias": None,
+    "positions": None,
+    "rank": None,
 }
 """Logical axis of a parameter -> mesh axis that it is split over, or None."""
 

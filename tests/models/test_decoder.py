@@ -156,7 +156,7 @@ def test_the_norm_of_bfloat16_states_is_computed_in_float32():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 16)), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
-    got = decoder.RMSNorm(CONFIG)(x)
+    got = decoder.RMSNorm(CONFIG, CONFIG.width)(x)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, jnp.asarray(expected, jnp.bfloat16))
 
@@ -164,7 +164,7 @@ def test_the_norm_of_bfloat16_states_is_computed_in_float32():
 def test_bfloat16_states_are_rotated_by_float32_angles():
     """Bfloat16 has no 257."""
     x, position = jnp.array([[[1.0, 0.0]]], jnp.bfloat16), jnp.array([257])
-    got = np.float32(decoder.rotate(x, position, 100.0))[0, 0]
+    got = np.float32(decoder.rotate(x, position, decoder.Rotary(100.0)))[0, 0]
     np.testing.assert_allclose(got, [np.cos(257), np.sin(257)], atol=2**-8)
 
 
@@ -281,7 +281,7 @@ def test_a_parameter_without_logical_axes_is_an_error():
         ({"num_layers": 0}, "`num_layers` must be at least 1"),
         ({"mlp_width": -1}, "`mlp_width` must be at least 1"),
         ({"num_kv_heads": 3}, "multiple of `num_kv_heads`; got 4 and 3"),
-        ({"head_dim": 5}, "`head_dim` must be even for rotary embedding; got 5"),
+        ({"head_dim": 5}, "turns an even number of a head's entries, 2 or more; got 5"),
         ({"dtype": "float16"}, "`dtype` must be one of float32, bfloat16; got 'float1"),
         ({"attention": "flash"}, "`attention` must be one of auto, xla, blockwise"),
         ({"max_positions": 0}, "`max_positions` must be at least 1"),

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from pref_jax.data.templates import TextEncoder, check_vocabulary, load_tokenizer
 from pref_jax.logps import token_stats
 from pref_jax.models import pretrained
-from pref_jax.models.decoder import LayerKind, make_decoder
+from pref_jax.models.decoder import LayerKind, Rotary, make_decoder
 from pref_jax.models.pretrained import CheckpointFormatError
 from pref_jax.sampling import SamplingConfig, make_sampler
 
@@ -121,7 +121,7 @@ def test_config_reads_what_older_files_leave_out_or_name_otherwise(checkpoint):
     del checkpoint.config["rope_parameters"], checkpoint.config["head_dim"]
     old = {"rope_theta": 123.0, "rope_scaling": None, "num_key_value_heads": None}
     config = pretrained.load_config(checkpoint.save(old))
-    assert config.period == (LayerKind(rope_theta=123.0),)
+    assert config.period == (LayerKind(rotary=Rotary(123.0)),)
     assert (config.head_dim, config.num_kv_heads) == (8, config.num_heads)
 
 
@@ -168,13 +168,15 @@ def test_a_written_copy_of_tied_weights_and_rotary_frequencies_are_read(tmp_path
     assert_trees_equal(same, params)
 
 
-SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}
+SCALED = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 300.0}
+PARTIAL = {"rope_theta": 300.0, "partial_rotary_factor": 0.5}
 CONFIG_ERRORS = [
-    ({"model_type": "qwen2"}, "is of model type 'qwen2'; only 'llama' is read"),
-    ({"rope_parameters": SCALED}, r"rope_type = 'linear'; the decoder .* 'default'"),
-    ({"attention_bias": True}, "attention_bias = True; the decoder computes False"),
-    ({"mlp_bias": True}, "mlp_bias = True; the decoder computes False only"),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; the decoder computes 'silu'"),
+    ({"model_type": "opt"}, "is of model type 'opt'; these are read: gemma, gemma2"),
+    ({"rope_parameters": SCALED}, r"rope_type = 'yarn'; the decoder .* default, linea"),
+    ({"rope_parameters": PARTIAL}, "partial_rotary_factor = 0.5, which .* type llama"),
+    ({"attention_bias": True}, "lacks the tensor model.layers.0.self_attn.k_proj.bias"),
+    ({"mlp_bias": True}, "lacks the tensor model.layers.0.mlp.down_proj.bias"),
+    ({"hidden_act": "relu"}, "has the activation 'relu'; the decoder computes silu, s"),
     ({"quantization_config": {"bits": 4}}, r"quantization_config = \{.*; the decoder"),
     ({"model_type": "no_such"}, r"config.json cannot be read: .*`no_such`"),
     (
@@ -183,7 +185,7 @@ CONFIG_ERRORS = [
     ),
     ({"vocab_size": 62}, r"embed_tokens.weight has shape \(61, 32\); .* \(62, 32\)"),
     ({"num_key_value_heads": 4}, r"k_proj.weight has shape \(16, 32\); .* \(32, 32\)"),
-    ({"num_hidden_layers": 4}, r"lacks the tensor model.layers.3.input_layernorm"),
+    ({"num_hidden_layers": 4}, r"lacks the tensor model.layers.3.self_attn.k_"),
     ({"num_hidden_layers": 2}, r"has 9 tensors .* first model.layers.2.input_layernor"),
 ]
 
@@ -274,7 +276,7 @@ def test_a_config_that_is_no_json_is_an_error(checkpoint):
 def test_tensors_of_integers_are_an_error(checkpoint):
     name = "model.norm.weight"
     checkpoint.tensors[name] = checkpoint.tensors[name].astype(np.int8)
-    with pytest.raises(CheckpointFormatError, match=f"{name} is of type int8; only fl"):
+    with pytest.raises(CheckpointFormatError, match=f"{name} is of type I8; only F16"):
         pretrained.load(checkpoint.save())
 
 
