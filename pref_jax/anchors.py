@@ -109,6 +109,7 @@ def snapshot(*, every: int, score: Callable[..., Scores] = response_scores) -> A
         raise ValueError(f"`every` must be 1 or more updates; got {every}.")
 
     def refresh(params, step, anchor_params):
+        _check_started("snapshot", anchor_params)
         due = step % every == 0
         return jax.tree.map(
             lambda new, old: jnp.where(due, new, old), params, anchor_params
@@ -139,6 +140,7 @@ def ema(*, decay: float, score: Callable[..., Scores] = response_scores) -> Anch
 
     def refresh(params, step, anchor_params):
         del step
+        _check_started("ema", anchor_params)
         return jax.tree.map(
             lambda new, old: old + (1 - decay) * (new - old), params, anchor_params
         )
@@ -157,14 +159,18 @@ def _moving(name, score):
                 f"`extras['anchor_logps']` of one that does not. Build the source "
                 f"without them."
             )
-        if not jax.tree.leaves(anchor_params):
-            raise ValueError(
-                f"`anchors.{name}` needs anchor parameters to start from; got none. "
-                f"Pass the initial parameters as the state's anchor."
-            )
+        _check_started(name, anchor_params)
         return jax.lax.stop_gradient(score(model, anchor_params, batch))
 
     return scores
+
+
+def _check_started(name, anchor_params):
+    if not jax.tree.leaves(anchor_params):
+        raise ValueError(
+            f"`anchors.{name}` needs anchor parameters to start from; got none. "
+            f"Pass the initial parameters as the state's anchor."
+        )
 
 
 def clip_to_initial(source_logps, *, initial_logps):

@@ -105,11 +105,12 @@ def on_rewards(loss_fn: Callable) -> Callable:
         complete = batch.valid.all(axis=-1)
         values, metrics = loss_fn(rewards, where=complete)
         if rewards.shape[-1] == 2:
-            logps = response_sum(scores.logp, where=batch.loss_mask)
-            lengths = batch.loss_mask.sum(-1).astype(jnp.float32)
+            by_slot = {"lengths": batch.loss_mask.sum(-1).astype(jnp.float32)}
+            if scores.logp is not None:  # a reward head has none
+                by_slot["logps"] = response_sum(scores.logp, where=batch.loss_mask)
             for slot, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
-                metrics[f"logps/{name}"] = logps[:, slot]
-                metrics[f"lengths/{name}"] = lengths[:, slot]
+                for group, values_of_slots in by_slot.items():
+                    metrics[f"{group}/{name}"] = values_of_slots[:, slot]
         weight = complete.astype(jnp.float32)
         return values, {name: (value, weight) for name, value in metrics.items()}
 

@@ -241,6 +241,7 @@ PARAM_AXES = {
     "embedding": ("vocab", "embed"),
     "positions": ("positions", "embed"),
     "unembedding": ("vocab", "embed"),
+    "reward_head": ("embed",),  # of `models/reward_head.py`
 }
 
 
@@ -504,9 +505,10 @@ class Decoder(nnx.Module):
         keeps is (new carry, output stacked over layers). `adapters` has the layout of
         the blocks, with {"a", "b"} in the place of a matrix; {}: none.
         """
-        x = self.embedding[...][tokens] * self.config.embedding_scale
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        x *= self.config.embedding_scale
         if self.positions is not None:
-            x += self.positions[...][position]
+            x += self.positions[...][position].astype(jnp.float32)
         x = x.astype(self.config.dtype)
         period = len(self.config.period)
         kept = []

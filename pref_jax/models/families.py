@@ -109,6 +109,7 @@ class Family:
       layer: prefix of a layer's tensors, with {} for its number.
       base: prefix of all but the head's tensors; files of a bare model lack it.
       ignored: ends of the names of tensors that follow from the config.
+      transposed: matrices are stored as [in, out].
       reward_architecture: the class with a reward head; "": as `architecture`, with
         `ForSequenceClassification` at its end.
     """
@@ -121,6 +122,7 @@ class Family:
     layer: str = "model.layers.{}."
     base: str = "model."
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    transposed: bool = False
     reward_architecture: str = ""
 
     def tensor(self, path: str, layer: int | None = None) -> Tensor | None:
@@ -685,6 +687,7 @@ FAMILIES = {
             layer="transformer.h.{}.",
             base="transformer.",
             ignored=("attn.bias", "attn.masked_bias"),
+            transposed=True,
             reward_architecture="GPT2ForSequenceClassification",
         ),
     )

@@ -116,6 +116,21 @@ def _read_fields(path) -> tuple[Family, dict]:
         raise CheckpointFormatError(f"{path}/config.json {error}") from error
 
 
+def find_family(name: str | None, folder: str | None = None) -> Family:
+    """A family by its model type, or that of a Hugging Face folder.
+
+    Raises:
+      CheckpointFormatError: there is no such family or folder.
+    """
+    if name is None:
+        return _read_fields(folder)[0]
+    if name not in FAMILIES:
+        raise CheckpointFormatError(
+            f"`family` must be one of {', '.join(FAMILIES)}; got {name!r}."
+        )
+    return FAMILIES[name]
+
+
 # --- files ----------------------------------------------------------------------------
 
 
@@ -226,14 +241,14 @@ def _text_part(tensors: dict[str, _Stored], path) -> dict[str, _Stored]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a parameter of ours lies: one tensor, or one for each layer of a stack."""
 
     tensors: tuple[Tensor, ...]
     stacked: bool
 
 
-def _place(family: Family, config: DecoderConfig, path: str) -> _Place:
+def find_place(family: Family, config: DecoderConfig, path: str) -> Place:
     """Where the parameter at a path such as `blocks/0/mlp/up` lies in the files.
 
     Raises:
@@ -257,7 +272,7 @@ def _place(family: Family, config: DecoderConfig, path: str) -> _Place:
             f"checkpoints of {family.model_type} have no place for the parameter "
             f"{path}."
         )
-    return _Place(tensors, stacked=room == "blocks")
+    return Place(tensors, stacked=room == "blocks")
 
 
 class _Reader:
@@ -301,7 +316,7 @@ class _Reader:
         self.unread.discard(tensor.name)
         return stored
 
-    def read(self, place: _Place, index, dtype) -> np.ndarray:
+    def read(self, place: Place, index, dtype) -> np.ndarray:
         """The part of a parameter that an index, one slice an axis, speaks of."""
         layers, inside = (index[0], index[1:]) if place.stacked else (slice(1), index)
         chosen = place.tensors[layers]
@@ -367,13 +382,13 @@ def load(
     is_reward_model = head.name in reader.tensors
     if is_reward_model:
         config = dataclasses.replace(config, tied=True)
-    shapes = _shapes(config, is_reward_model)
+    shapes = param_shapes(config, is_reward_model)
     if config.tied:
         _check_tied_copy(reader)
     dtype = np.dtype(jnp.dtype(param_dtype))
 
     def read(key_path, leaf, sharding):
-        place = _place(family, config, _path_name(key_path))
+        place = find_place(family, config, _path_name(key_path))
         for tensor in place.tensors:
             reader.find(tensor)
         if sharding is None:
@@ -410,7 +425,8 @@ def load(
     return config, jax.tree.unflatten(jax.tree.structure(shapes), values)
 
 
-def _shapes(config: DecoderConfig, is_reward_model: bool) -> PyTree:
+def param_shapes(config: DecoderConfig, is_reward_model: bool = False) -> PyTree:
+    """Shape and type of every parameter of a config's decoder."""
     shapes = jax.eval_shape(make_decoder(config).init, jax.random.key(0))
     if is_reward_model:
         shapes["reward_head"] = jax.ShapeDtypeStruct((config.width,), jnp.float32)
@@ -474,9 +490,7 @@ def save(
         a parameter (adapters are to be merged first).
       ValueError: a parameter is missing, unknown, or not fully on this process.
     """
-    folder = pathlib.Path(path)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; save into a new folder.")
+    folder = new_folder(path)
     is_reward_model = "reward_head" in params
     chosen, hf_config = _describe(config, like, family, is_reward_model)
     plan = _plan_files(chosen, config, params, is_reward_model, dtype)
@@ -492,12 +506,24 @@ def save(
             if getattr(tokenizer, name) is not None:
                 setattr(hf_config, name, getattr(tokenizer, name))
     hf_config.dtype = next(iter(plan.values())).dtype.name
-    folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, plan, max_shard_bytes)
     hf_config.save_pretrained(folder)
     _write_companions(folder, hf_config, like, tokenizer, is_reward_model)
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def new_folder(path: str) -> pathlib.Path:
+    """A folder to write a checkpoint into.
+
+    Raises:
+      FileExistsError: it holds something.
+    """
+    folder = pathlib.Path(path)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; save into a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -511,12 +537,9 @@ def _describe(config, like, family, is_reward_model):
         if same and family in (None, its_family.model_type):
             return its_family, hf_config
         family = family or its_family.model_type
-    if family is not None and family not in FAMILIES:
-        raise CheckpointFormatError(
-            f"`family` must be one of {', '.join(FAMILIES)}; got {family!r}."
-        )
     problems = []
-    for candidate in FAMILIES.values() if family is None else (FAMILIES[family],):
+    asked = FAMILIES.values() if family is None else (find_family(family),)
+    for candidate in asked:
         hf_config, problem = _try_family(candidate, config, is_reward_model)
         if problem:
             problems.append(f"{candidate.model_type}: {problem}")
@@ -585,7 +608,7 @@ class _Planned:
 
 
 def _plan_files(family, config, params, is_reward_model, dtype) -> dict[str, _Planned]:
-    expected = _shapes(config, is_reward_model)
+    expected = param_shapes(config, is_reward_model)
     given, needed = (
         {_path_name(k): leaf for k, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, expected)
@@ -610,7 +633,7 @@ def _plan_files(family, config, params, is_reward_model, dtype) -> dict[str, _Pl
                 f"saving (`jax.experimental.multihost_utils.process_allgather`)."
             )
         of_leaf = np.dtype(jnp.dtype(dtype or leaf.dtype))
-        place = _place(family, config, name)
+        place = find_place(family, config, name)
         for number, tensor in enumerate(place.tensors):
             planned = plan.setdefault(
                 tensor.name, _Planned(tensor.shape(sizes), of_leaf, sizes, [])

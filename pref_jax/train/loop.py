@@ -90,6 +90,7 @@ def fit(
     guard: PreemptionGuard,
     unit: str = "pairs",
     flops_per_token: float | None = None,
+    base: dict[str, str] | None = None,
 ) -> Fitted:
     """Train a stage to its end, from wherever its folder says it is.
 
@@ -106,6 +107,8 @@ def fit(
       guard: says when to stop.
       unit: what the progress line calls an example.
       flops_per_token: of a step, forward and backward; None: no MFU estimate.
+      base: what is frozen in the state, by path and hash. Checkpoints hold this in its
+        place, and go on with the same base alone.
 
     Returns:
       `Fitted`; the states are in `folder/checkpoints`, see `restore_params`.
@@ -114,6 +117,7 @@ def fit(
       Preempted: after saving, when the guard was asked to stop.
       NonFiniteError: with step, metric and record numbers. The last good checkpoint
         stays the latest.
+      ValueError: the checkpoints stand on another base.
     """
     done = folder / DONE_FILE
     if done.is_file():
@@ -121,11 +125,13 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     with _open_checkpoints(folder, config) as checkpoints:
         throughput = Throughput(model_flops_per_token=flops_per_token)
-        run = _Loop(checkpoints, config, guard, validate, throughput)
+        run = _Loop(checkpoints, config, guard, validate, throughput, base)
         latest = checkpoints.latest_step()
         if latest is not None:
-            state = checkpoints.restore(_release(state))
             run.restore(checkpoints.restore_meta())
+            frozen, moving = state.frozen, dataclasses.replace(state, frozen=())
+            moving = checkpoints.restore(_release(moving))
+            state = dataclasses.replace(moving, frozen=frozen)
             source.set_state(int(state.data))
             _logger.info("%s goes on from step %d", name, latest)
         log = MetricsLog(folder, resume_step=latest or 0)
@@ -184,7 +190,8 @@ def restore_params(
 class _Loop:
     """The host side of `fit`: reads metrics one step late and acts on them."""
 
-    def __init__(self, checkpoints, config, guard, validate, throughput):
+    def __init__(self, checkpoints, config, guard, validate, throughput, base):
+        self.base = base
         self.checkpoints, self.config, self.guard = checkpoints, config, guard
         self.validate, self.throughput = validate, throughput
         self.step = 0
@@ -193,6 +200,12 @@ class _Loop:
         self._pending = None  # outputs, records and counts of a step not read yet
 
     def restore(self, meta: dict) -> None:
+        if meta["base"] != self.base:
+            raise ValueError(
+                f"the checkpoints of {self.checkpoints.folder} stand on the base "
+                f"{meta['base']}; got {self.base}. Load that base, or train in a new "
+                f"folder."
+            )
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.best, self.stale = meta["best"], meta["stale"]
 
@@ -220,9 +233,10 @@ class _Loop:
         metrics = self._validate(state) if validate else None
         self.checkpoints.save(
             self.step,
-            state,
+            dataclasses.replace(state, frozen=()),
             metrics=metrics,
             meta={
+                "base": self.base,
                 "step": self.step,
                 "seconds": self.seconds,
                 "best": self.best,

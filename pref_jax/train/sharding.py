@@ -7,6 +7,7 @@ rule covers is an error, not a replica.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -111,8 +112,18 @@ def state_shardings(
     param_axes: PyTree,
     state: TrainState,
     optimizer: optax.GradientTransformation,
+    *,
+    frozen_axes: PyTree = (),
 ) -> TrainState:
-    """The sharding of every array of a state; the optimiser's follow the parameters."""
+    """The sharding of every array of a state; the optimiser's follow the parameters.
+
+    Args:
+      mesh: of `make_mesh`.
+      param_axes: logical axis names a leaf of the trained parameters.
+      state: arrays or shapes.
+      optimizer: whose state it holds.
+      frozen_axes: as `param_axes`, of what is frozen.
+    """
     params = param_shardings(mesh, param_axes, state.params)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_utils.tree_map_params(
@@ -130,6 +141,7 @@ def state_shardings(
         rng=everywhere,
         anchor=anchor,
         data=everywhere,
+        frozen=param_shardings(mesh, frozen_axes, state.frozen),
     )
 
 
@@ -161,12 +173,27 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
 def compile_train_step(
     step: Callable, mesh: Mesh, shardings: TrainState
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict]]:
-    """Compile a pure train step with jit: shardings in and out, the state donated."""
+    """Compile a pure train step with jit: shardings in and out, the state donated.
+
+    What is frozen goes in and is handed on as it is: neither donated nor copied.
+    """
     rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        step,
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
+    options = {"out_shardings": (shardings, everywhere), "donate_argnums": 0}
+    if not jax.tree.leaves(shardings.frozen):
+        return jax.jit(step, in_shardings=(shardings, rows), **options)
+    moving = dataclasses.replace(shardings, frozen=())
+
+    def inner(moving, frozen, batch):
+        state, outputs = step(dataclasses.replace(moving, frozen=frozen), batch)
+        return dataclasses.replace(state, frozen=()), outputs
+
+    options["out_shardings"] = (moving, everywhere)
+    compiled = jax.jit(inner, in_shardings=(moving, shardings.frozen, rows), **options)
+
+    def outer(state, batch):
+        moving = dataclasses.replace(state, frozen=())
+        moving, outputs = compiled(moving, state.frozen, batch)
+        return dataclasses.replace(moving, frozen=state.frozen), outputs
+
+    return outer

@@ -7,6 +7,7 @@ validation, and the loop. Experiments chain stages.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -21,7 +22,13 @@ from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from pref_jax.train.run import as_read_back, differences, write_json
 from pref_jax.train.state import init_state
-from pref_jax.train.step import evaluate, make_eval_step, make_train_step
+from pref_jax.train.step import (
+    anchor_params,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+    policy_params,
+)
 from pref_jax.types import Model, PyTree
 
 CONFIG_FILE = "stage.json"
@@ -62,6 +69,8 @@ def train_stage(
     seed: int,
     guard: PreemptionGuard,
     unit: str = "pairs",
+    frozen: PyTree = (),
+    base: dict[str, str] | None = None,
 ) -> tuple[PyTree, loop.Fitted]:
     """Train, or read what an earlier call on the same folder has trained.
 
@@ -71,8 +80,8 @@ def train_stage(
       config: plain values.
       method: the five functions.
       model: a `pref_jax.types.Model`.
-      params: initial parameters.
-      anchor: frozen parameters or `()`.
+      params: initial parameters; what is trained of them.
+      anchor: parameters of the anchor or `()`; with `frozen`, `()` is the base itself.
       source: of host batches, as many as the stage has steps.
       validation: host batches.
       count: host batch -> {"tokens", "examples"}.
@@ -80,15 +89,23 @@ def train_stage(
       seed: of the state's key.
       guard: says when to stop.
       unit: what the progress line calls an example.
+      frozen: what is not trained, such as the base under adapters, or `()`.
+      base: path and hash of `frozen`, which the checkpoints name in its place.
 
     Returns:
-      The parameters, placed on the mesh, of the best validation if `config.loop.best`
-      names a metric and of the last step otherwise; and how the stage went.
+      The trained parameters, placed on the mesh, of the best validation if
+      `config.loop.best` names a metric and of the last step otherwise; and how the
+      stage went.
 
     Raises:
       Preempted, NonFiniteError: as `loop.fit`.
-      ValueError: the folder holds a stage of another config.
+      ValueError: the folder holds a stage of another config or base, or `frozen` comes
+        without `base`.
     """
+    if (base is None) != (not jax.tree.leaves(frozen)):
+        raise ValueError(
+            "`frozen` and `base` (its path and hash) belong together; give both."
+        )
     _claim_folder(name, folder, config)
     axes = model.param_axes(params)
     num_steps = config.loop.num_steps
@@ -100,19 +117,31 @@ def train_stage(
         schedule=make_schedule(config.optimizer, num_steps),
         num_microbatches=config.num_microbatches,
     )
+    frozen_axes = model.param_axes(frozen) if jax.tree.leaves(frozen) else ()
     with jax.set_mesh(mesh):
-        state = init_state(params, optimizer, rng=jax.random.key(seed), anchor=anchor)
-        shardings = sharding.state_shardings(mesh, axes, state, optimizer)
-        state = jax.device_put(state, shardings)
+        start = functools.partial(init_state, optimizer=optimizer)
+        key = jax.random.key(seed)
+        shapes = jax.eval_shape(start, params, rng=key, anchor=anchor, frozen=frozen)
+        shardings = sharding.state_shardings(
+            mesh, axes, shapes, optimizer, frozen_axes=frozen_axes
+        )
+        # On the mesh first: no device ever holds more than its part.
+        moving = dataclasses.replace(shardings, frozen=())
+        state = jax.jit(start, out_shardings=moving)(
+            jax.device_put(params, shardings.params),
+            rng=key,
+            anchor=jax.device_put(anchor, shardings.anchor),
+        )
+        frozen = jax.device_put(frozen, shardings.frozen)
+        state = dataclasses.replace(state, frozen=frozen)
         eval_step = jax.jit(make_eval_step(method, model))
 
         def place(batch):
             return sharding.place_batch(mesh, batch)
 
         def validate(state):
-            means = evaluate(
-                eval_step, state.params, state.anchor, map(place, validation)
-            )
+            sides = policy_params(model, state), anchor_params(model, state)
+            means = evaluate(eval_step, *sides, map(place, validation))
             return {f"validation/{key}": value for key, value in means.items()}
 
         fitted = loop.fit(
@@ -127,7 +156,8 @@ def train_stage(
             count=count,
             guard=guard,
             unit=unit,
-            flops_per_token=_step_flops_per_token(model, anchor),
+            flops_per_token=_step_flops_per_token(model, anchor, frozen),
+            base=base,
         )
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -153,6 +183,11 @@ def _claim_folder(name: str, folder: pathlib.Path, config: StageConfig) -> None:
         )
 
 
-def _step_flops_per_token(model: Model, anchor: PyTree) -> float:
-    """Forward and backward of the policy, forward of an anchor that is live."""
-    return model.flops_per_token * (4.0 if jax.tree.leaves(anchor) else 3.0)
+def _step_flops_per_token(model: Model, anchor: PyTree, frozen: PyTree) -> float:
+    """Forward and backward of the policy, forward of an anchor of its own.
+
+    What is frozen has no gradient, which saves a third. Whether its base alone is
+    scored as well depends on the method and is not counted.
+    """
+    passes = 2.0 if jax.tree.leaves(frozen) else 3.0
+    return model.flops_per_token * (passes + bool(jax.tree.leaves(anchor)))

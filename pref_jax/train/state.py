@@ -19,10 +19,12 @@ class TrainState:
     Attributes:
       step: i32[], updates done.
       params: the trained parameters, float32.
+      frozen: what they stand on and is not trained, such as the base under adapters;
+        `()` where all is trained. Never donated, copied or saved.
       opt_state: of the optimiser.
       rng: the run's key. A use folds in the step and a constant of its own.
-      anchor: frozen parameters, or `()` when the batch carries the anchor's logps or
-        the method has none.
+      anchor: parameters of the anchor, or `()`: the batch carries its logps, the method
+        has none, or it is the base, `frozen` alone.
       data: i32[], number of the next batch.
     """
 
@@ -32,6 +34,7 @@ class TrainState:
     rng: jax.Array
     anchor: PyTree
     data: jax.Array
+    frozen: PyTree = ()
 
 
 def init_state(
@@ -40,14 +43,19 @@ def init_state(
     *,
     rng: jax.Array,
     anchor: PyTree = (),
+    frozen: PyTree = (),
 ) -> TrainState:
     """A state before the first update. Copies what it is given: steps donate it.
 
+    All but `frozen`, of which the state holds the arrays that it is given.
+
     Args:
-      params: of the policy.
+      params: of the policy; what is trained of them.
       optimizer: whose state to start.
       rng: typed key, `jax.random.key(seed)`.
-      anchor: frozen parameters or `()`.
+      anchor: parameters of the anchor or `()`; beside `frozen` in the layout of
+        `params`.
+      frozen: what is not trained of the policy, or `()`.
     """
     params, anchor, rng = jax.tree.map(jnp.copy, (params, anchor, rng))
     return TrainState(
@@ -57,4 +65,5 @@ def init_state(
         rng=rng,
         anchor=anchor,
         data=jnp.zeros((), jnp.int32),
+        frozen=frozen,
     )

@@ -78,6 +78,29 @@ def _undo_split(leaf, num_rows):
     return dealt.swapaxes(0, 1).reshape(-1)
 
 
+def policy_params(model, state: TrainState, params: PyTree = None) -> PyTree:
+    """All parameters of the policy: the trained ones on what is frozen of it.
+
+    Args:
+      model: a `pref_jax.types.Model`.
+      state: of the run.
+      params: trained parameters in the place of the state's own.
+    """
+    params = state.params if params is None else params
+    if not jax.tree.leaves(state.frozen):
+        return params
+    return model.combine(state.frozen, params)
+
+
+def anchor_params(model, state: TrainState) -> PyTree:
+    """All parameters of the anchor; without any of its own it is what is frozen."""
+    if not jax.tree.leaves(state.frozen):
+        return state.anchor
+    if jax.tree.leaves(state.anchor):
+        return model.combine(state.frozen, state.anchor)
+    return state.frozen
+
+
 def _sums(method: Method, model, params, anchor, batch):
     """Numerators and denominators, and which groups have a finite loss."""
     loss, weight, metrics = objective(method, model, params, anchor, batch)
@@ -116,8 +139,11 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch):
+        anchor = anchor_params(model, state)
         gradient = jax.grad(
-            lambda params, part: _sums(method, model, params, state.anchor, part),
+            lambda params, part: _sums(
+                method, model, policy_params(model, state, params), anchor, part
+            ),
             has_aux=True,
         )
         if num_microbatches == 1:
@@ -154,6 +180,7 @@ def make_train_step(
             rng=state.rng,
             anchor=method.anchor.refresh(params, number, state.anchor),
             data=state.data + 1,
+            frozen=state.frozen,
         )
         return state, {"metrics": metrics, "finite": finite}
 
