@@ -44,13 +44,14 @@ from experiments.worlds.pipeline import (
     sample_pairs,
     store_anchor,
 )
-from pref_jax import anchors, report, rewards
+from pref_jax import anchors, model_folders, report, rewards
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
 from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
-from pref_jax.models import decoder, pretrained
+from pref_jax.models import decoder
+from pref_jax.models import lora as lora_lib
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
@@ -94,7 +95,11 @@ class Config:
     split: str | None = None  # of `data`, if it is a tfds data set
     heldout: str | None = None  # to evaluate on; None: a tenth of `data`, by prompt
     tokenizer: str | None = None  # folder of its tokenizer; None: that of `model`
-    model: str | None = None  # folder of a Llama checkpoint; None: a fresh decoder
+    model: str | None = None  # folder: Hugging Face, adapter, or a stage of a run
+    lora: lora_lib.LoraConfig | None = (
+        None  # train adapters on `model`; None: all of it
+    )
+    max_positions: int | None = None  # longest text of `model`; None: as it says
     grade: str | None = None  # module:function of (prompt, response) -> true reward
     on_error: str = "raise"  # bad rows of `data`: raise or skip
     row_length: int | None = None  # L, positions; None: the longest group, at least 128
@@ -121,6 +126,9 @@ class Config:
                     )
         elif self.tokenizer is None and self.model is None:
             raise ValueError("`data` needs a tokenizer; give --tokenizer or --model.")
+        for field in ("lora", "max_positions"):
+            if getattr(self, field) is not None and self.model is None:
+                raise ValueError(f"`{field}` belongs to `model`; give --model too.")
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
                 f"`weights` needs a number for each of {len(self.data)} sources of "
@@ -219,6 +227,7 @@ def make_method(config: Config) -> Method:
         reward=functools.partial(rewards.sequence_reward, beta=config.beta),
         loss=on_rewards(logistic_loss),
         requires=frozenset({"anchor_logps"}),
+        paper="arXiv:2305.18290v3",
     )
 
 
@@ -241,6 +250,7 @@ def make_task(config: Config) -> tasks.Task:
         heldout=config.heldout,
         tokenizer=config.tokenizer,
         model=config.model,
+        max_positions=config.max_positions,
         grade=config.grade,
         on_error=config.on_error,
         num_eval_prompts=config.num_eval_prompts,
@@ -258,7 +268,12 @@ def make_model(config: Config, task: tasks.Task):
     sizes = config.decoder
     compute = {name: getattr(sizes, name) for name in ("dtype", "attention", "remat")}
     if config.model is not None:
-        found, params = pretrained.load(config.model, **compute)
+        found, params = model_folders.load(
+            config.model,
+            mesh=sharding.make_mesh(),
+            max_positions=config.max_positions,
+            **compute,
+        )
         return decoder.make_decoder(found), params
     fresh = decoder.DecoderConfig(
         vocab_size=task.vocab_size,
@@ -280,22 +295,27 @@ def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
     sft_method, dpo_method = make_sft_method(), make_method(config)
     models, stages = {}, {}
 
-    def train(name, method, params, groups, stage, unit):
+    folders = {"base": config.model}  # that the models can be read from again
+
+    def train(name, method, start, groups, stage, unit):
         models[name], stages[name] = pipeline.train(
-            name, method, params, *groups, stage, unit=unit
+            name,
+            method,
+            models[start],
+            *groups,
+            stage,
+            unit=unit,
+            start=folders[start],
         )
+        folders[name] = str(pipeline.folder / name)
 
     eval_prompts = pipeline.fit_prompts(task.eval_prompts)
     models["base"] = params
     if task.documents is not None:
-        train("base", sft_method, params, task.documents, config.base, "documents")
+        train("base", sft_method, "base", task.documents, config.base, "documents")
     train(
-        "SFT",
-        sft_method,
-        models["base"],
-        task.demonstrations,
-        config.sft,
-        "demonstrations",
+        *("SFT", sft_method, "base"),
+        *(task.demonstrations, config.sft, "demonstrations"),
     )
     reference = models["SFT"]
     pairs = task.pairs or tuple(
@@ -317,10 +337,10 @@ def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
         store_anchor(pipeline, name, reference, part, config.dpo)
         for name, part in zip(("train", "heldout"), pairs, strict=True)
     )
-    train("DPO", dpo_method, reference, pairs, config.dpo, "pairs")
+    train("DPO", dpo_method, "SFT", pairs, config.dpo, "pairs")
     chosen = tuple(only_responses(CHOSEN, part) for part in pairs)
     control = dataclasses.replace(config.dpo, optimizer=config.control_optimizer)
-    train("control", sft_method, reference, chosen, control, "demonstrations")
+    train("control", sft_method, "SFT", chosen, control, "demonstrations")
 
     _logger.info("evaluation on %d held-out prompts", len(eval_prompts))
     measured = {
@@ -490,6 +510,7 @@ def run_config(config: Config) -> pathlib.Path:
         PreemptionGuard() as guard,
     ):
         _logger.info("run folder: %s", folder)
+        task.encoder.save_tokenizer(folder / model_folders.TOKENIZER_FOLDER)
         first = "" if config.data else "base, "
         last = "DPO, control, evaluation"
         _logger.info("stages: %sSFT, pairs, %s", first, last)
@@ -510,6 +531,7 @@ def run_config(config: Config) -> pathlib.Path:
             row_length=config.row_length,
             long_groups=config.long_groups,
             max_new_tokens=config.max_new_tokens,
+            lora=config.lora,
         )
         results = run(config, pipeline, task, params)
         seconds = time.perf_counter() - began

@@ -44,6 +44,7 @@ class Method:
       requires: names of `extras` that the method reads.
       couples_responses: whether the loss compares the responses of a prompt, so that
         they must stand in one batch.
+      paper: where it comes from, with the version, for records and model cards.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Method:
     analyses: tuple[Callable, ...] = ()
     requires: frozenset[str] = frozenset()
     couples_responses: bool = True
+    paper: str = ""
 
 
 def objective(method: Method, model, params, anchor_params, batch: ResponseBatch):

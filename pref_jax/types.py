@@ -168,6 +168,7 @@ class Model:
       logit_softcap: bound of the logits, softcap * tanh(logits / softcap), or None.
       combine: (frozen, params) -> the parameters that all functions take, where only a
         part of them is trained; `frozen` is `()` where all are.
+      description: JSON of what builds the model again; stands beside its checkpoints.
     """
 
     init: Callable[[Array], PyTree]
@@ -182,3 +183,4 @@ class Model:
     flops_per_token: float
     logit_softcap: float | None = None
     combine: Callable[[PyTree, PyTree], PyTree] = lambda frozen, params: params
+    description: str = "{}"

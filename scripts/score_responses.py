@@ -28,10 +28,11 @@ import jax
 import numpy as np
 import tyro
 
+from pref_jax import model_folders
 from pref_jax.data import anchor_cache, readers, sources, templates, token_cache
 from pref_jax.data.records import Records, parse_rename
 from pref_jax.logps import response_scores
-from pref_jax.models import decoder, pretrained
+from pref_jax.models import decoder
 from pref_jax.train import sharding
 from pref_jax.train.logging import Progress, configure_logging
 
@@ -43,7 +44,7 @@ class Config:
     """What to score, and by which models."""
 
     data: str  # file, folder, glob or tfds:NAME
-    models: tuple[str, ...]  # folders of checkpoints
+    models: tuple[str, ...]  # folders: Hugging Face, adapters, or stages of runs
     out: str  # folder of the results
     tokenizers: tuple[str, ...] = ()  # folders, one a model; none: those of the models
     split: str | None = None  # of a tfds data set
@@ -79,7 +80,8 @@ def score(
     name = model_name(model_path)
     folder = pathlib.Path(config.out) / name
     tokenizer = templates.load_tokenizer(tokenizer_path)
-    model_config, params = pretrained.load(model_path, dtype=config.dtype)
+    mesh = sharding.make_mesh()
+    model_config, params = model_folders.load(model_path, mesh=mesh, dtype=config.dtype)
     templates.check_vocabulary(tokenizer, model_config.vocab_size)
     groups = token_cache.tokenised(
         records,
@@ -90,9 +92,8 @@ def score(
         on_error=config.on_error,
     )
     _logger.info("%s: %s", name, groups.summary())
-    model, mesh = decoder.make_decoder(model_config), sharding.make_mesh()
+    model = decoder.make_decoder(model_config)
     identity = anchor_cache.params_identity(params)
-    shardings = sharding.param_shardings(mesh, model.param_axes(params), params)
     batches = sources.evaluation_batches(
         groups,
         groups_per_step=min(config.groups_per_step, len(groups)),
@@ -100,12 +101,11 @@ def score(
         rows_multiple=sharding.num_row_shards(mesh),
     )
     with jax.set_mesh(mesh), Progress(name, len(batches)) as progress:
-        placed = jax.device_put(params, shardings)
         scores = jax.jit(lambda p, batch: response_scores(model, p, batch).logp)
 
         def logps(number, batch):
             progress.count(number)
-            return np.asarray(scores(placed, sharding.place_batch(mesh, batch)))
+            return np.asarray(scores(params, sharding.place_batch(mesh, batch)))
 
         scored = anchor_cache.with_anchor_logps(
             groups,
@@ -137,7 +137,9 @@ def run(config: Config) -> pathlib.Path:
     found = {
         name: score(config, records, path, tokenizer)
         for name, path, tokenizer in zip(
-            names, config.models, config.tokenizers or config.models, strict=True
+            *(names, config.models),
+            config.tokenizers or map(model_folders.tokenizer_folder, config.models),
+            strict=True,
         )
     }
     lines = []

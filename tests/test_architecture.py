@@ -2,6 +2,8 @@
 
     experiments   scripts   tests
                     |
+              model_folders
+                    |
     train   data   models   sampling   envs   report        do not import each other
                     |
                   method
@@ -34,6 +36,7 @@ LAYERS = (
     ("losses", "rewards", "q_values", "anchors", "targets", "logps", "evals"),
     ("method",),
     ("train", "data", "models", "sampling", "envs", "report"),
+    ("model_folders",),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 METHOD, TOP = 2, 3

@@ -19,11 +19,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from pref_jax import model_folders
 from pref_jax.data import anchor_cache, rows, sources
 from pref_jax.data.records import Message
 from pref_jax.data.templates import TextEncoder
 from pref_jax.logps import response_scores, token_kl
 from pref_jax.method import Method, objective
+from pref_jax.models import lora
+from pref_jax.models.lora import LoraConfig
 from pref_jax.sampling import Samples, SamplingConfig, make_sampler, sample_responses
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PreemptionGuard
@@ -33,6 +36,8 @@ from pref_jax.train.stage import StageConfig, train_stage
 from pref_jax.types import Model, PyTree, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
+
+_ADAPTER_USE = 1000  # the draw of new adapters, apart from those of samples
 
 Grade = Callable[[object, str], dict[str, float]]
 """(prompt, response) -> parts of the true reward by name, "reward" among them."""
@@ -64,6 +69,8 @@ class Pipeline:
       row_length: L, positions; None: the longest group, at least 128.
       long_groups: policy for groups that are longer than a row.
       max_new_tokens: of a sampled response.
+      lora: adapters that stages train on what they start from; None: everything is
+        trained.
       notes: what was dropped, cut or left out on the way, for the report.
     """
 
@@ -76,6 +83,7 @@ class Pipeline:
     row_length: int | None
     long_groups: str
     max_new_tokens: int
+    lora: LoraConfig | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def fit(self, groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], int]:
@@ -155,8 +163,23 @@ class Pipeline:
         stage: StageConfig,
         *,
         unit: str,
+        start: str | None = None,
     ) -> tuple[PyTree, Fitted]:
-        """One stage without a live anchor; validated on the held-out groups."""
+        """One stage without a live anchor; validated on the held-out groups.
+
+        Args:
+          name: of the stage and its folder.
+          method: the five functions.
+          params: what it starts from; with `lora` the base of its adapters.
+          groups: to train on.
+          heldout: to validate on.
+          stage: how it trains.
+          unit: what the progress line calls an example.
+          start: folder that `params` are the model of; `lora` needs it.
+
+        Returns:
+          All parameters after training, adapters merged; and how the stage went.
+        """
         groups, row_length = self.fit(groups)
         heldout, heldout_length = self.fit(heldout)
         batches = sources.training_batches(
@@ -167,14 +190,26 @@ class Pipeline:
             seed=self.seed,
             rows_multiple=sharding.num_row_shards(self.mesh) * stage.num_microbatches,
         )
-        return train_stage(
+        model, frozen, base = self.model, (), None
+        if self.lora is not None:
+            if start is None:
+                raise ValueError(
+                    f"stage {name} trains adapters, which need a base: give --model."
+                )
+            base = model_folders.base_identity(start, params)
+            model = lora.adapted(model, self.lora)
+            key = jax.random.fold_in(jax.random.key(self.seed), _ADAPTER_USE)
+            frozen, params = lora.split(params, self.lora, key)
+        trained, fitted = train_stage(
             name,
             folder=self.folder / name,
             config=stage,
             method=method,
-            model=self.model,
+            model=model,
             params=params,
             anchor=(),
+            frozen=frozen,
+            base=base,
             source=sources.OfflineSource(batches),
             validation=self.batches(heldout, heldout_length, stage),
             count=rows.count_batch,
@@ -183,6 +218,9 @@ class Pipeline:
             guard=self.guard,
             unit=unit,
         )
+        if self.lora is not None:
+            trained = lora.merge(frozen, trained, self.lora)
+        return trained, fitted
 
     def sample(self, params, prompts, *, num_samples: int, use: int) -> Samples:
         """Responses to each prompt at temperature 1; `use` names the draw."""

@@ -18,8 +18,8 @@ from experiments.worlds.pipeline import (
     only_responses,
     prompt_text,
 )
+from pref_jax import model_folders
 from pref_jax.data import readers, records, sources, templates, token_cache
-from pref_jax.models import pretrained
 from pref_jax.types import CHOSEN, TokenGroup
 
 
@@ -120,6 +120,7 @@ def own_task(
     heldout: str | None,
     tokenizer: str | None,
     model: str | None,
+    max_positions: int | None = None,
     grade: str | None,
     on_error: str,
     num_eval_prompts: int,
@@ -136,7 +137,8 @@ def own_task(
       split: of a tfds source.
       heldout: source for the evaluation; None: a tenth of `data`, by prompt.
       tokenizer: folder of the tokenizer; None: that of `model`.
-      model: folder of the checkpoint that the ids must fit; None: a fresh decoder.
+      model: folder of the model that the ids must fit; None: a fresh decoder.
+      max_positions: longest text of that model; None: as it says.
       grade: module:function of (prompt, response) -> true reward; None: not known.
       on_error: "raise" or "skip", for bad rows.
       num_eval_prompts: most prompts of the final evaluation.
@@ -148,10 +150,12 @@ def own_task(
       ValueError: the files hold neither pairs nor demonstrations, a split is empty,
         demonstrations come without a grade, or the grade is no finite number.
     """
-    loaded = templates.load_tokenizer(tokenizer or model)
+    loaded = templates.load_tokenizer(
+        tokenizer or model_folders.tokenizer_folder(model)
+    )
     most = None
     if model is not None:
-        config = pretrained.load_config(model)
+        config = model_folders.load_config(model, max_positions=max_positions)
         most = config.max_positions
         templates.check_vocabulary(loaded, config.vocab_size)
     encoder = templates.TextEncoder(loaded)

@@ -229,6 +229,12 @@ class TextEncoder:
         self.examples: dict[str, list[str]] = {}
         self.left_out: list[tuple[str, str]] = []
 
+    def save_tokenizer(self, folder: str | os.PathLike) -> None:
+        """Write the tokenizer with the chat template that is used here."""
+        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer.chat_template = self._template
+        tokenizer.save_pretrained(folder)
+
     def encode(self, record: Record) -> TokenGroup:
         """The ids of a record's prompt and responses, cut as the module says.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from typing import Any
 
@@ -215,6 +216,34 @@ class DecoderConfig:
                     f"`LongScaling` needs a factor for each of {size // 2} "
                     f"frequencies; got {len(scaling.short)} and {len(scaling.long)}."
                 )
+
+
+def describe(config: DecoderConfig) -> dict:
+    """A config as plain JSON values, which `from_description` reads back."""
+    values = dataclasses.asdict(config)
+    for kind, described in zip(config.period, values["period"], strict=True):
+        if kind.rotary is not None and kind.rotary.scaling is not None:
+            name = type(kind.rotary.scaling).__name__
+            described["rotary"]["scaling"]["type"] = name
+    return values
+
+
+def from_description(values: dict) -> DecoderConfig:
+    """The config that `describe` described."""
+
+    def read_kind(window, rotary):
+        if rotary is None:
+            return LayerKind(window, None)
+        scaling = rotary["scaling"]
+        if scaling is not None:
+            read = {x.__name__: x for x in (LinearScaling, Llama3Scaling, LongScaling)}
+            fields = {k: v for k, v in scaling.items() if k != "type"}
+            lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+            scaling = read[scaling["type"]](**fields | lists)
+        return LayerKind(window, Rotary(**rotary | {"scaling": scaling}))
+
+    period = tuple(read_kind(**kind) for kind in values["period"])
+    return DecoderConfig(**values | {"period": period})
 
 
 # Logical axes of each parameter by the last two names of its path. `sharding` maps
@@ -592,6 +621,7 @@ def make_decoder(config: DecoderConfig) -> Model:
         max_positions=config.max_positions,
         flops_per_token=2.0 * (num_params - free),
         logit_softcap=config.logit_softcap,
+        description=json.dumps({"decoder": describe(config)}),
     )
 
 

@@ -133,7 +133,13 @@ def adapted(model: Model, config: LoraConfig) -> Model:
         )
         return {**frozen, **trained, "adapters": scaled}
 
-    return dataclasses.replace(model, combine=combine, param_axes=param_axes)
+    described = json.loads(model.description) | {"lora": dataclasses.asdict(config)}
+    return dataclasses.replace(
+        model,
+        combine=combine,
+        param_axes=param_axes,
+        description=json.dumps(described),
+    )
 
 
 def param_axes(params: PyTree) -> PyTree:

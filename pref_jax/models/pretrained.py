@@ -425,6 +425,12 @@ def load(
     return config, jax.tree.unflatten(jax.tree.structure(shapes), values)
 
 
+def has_reward_head(path: str) -> bool:
+    """Whether a Hugging Face folder is one of a reward model."""
+    family, _ = _read_fields(path)
+    return family.tensor("reward_head").name in _stored_tensors(pathlib.Path(path))
+
+
 def param_shapes(config: DecoderConfig, is_reward_model: bool = False) -> PyTree:
     """Shape and type of every parameter of a config's decoder."""
     shapes = jax.eval_shape(make_decoder(config).init, jax.random.key(0))
@@ -482,7 +488,8 @@ def save(
       max_shard_bytes: of a file; more tensors go into another.
 
     Returns:
-      The folder.
+      The folder. It reads back as `config` and the same bits; where no family has the
+      config's `embedding_scale`, as `without_embedding_scale` of it.
 
     Raises:
       FileExistsError: the folder holds something.
@@ -492,7 +499,13 @@ def save(
     """
     folder = new_folder(path)
     is_reward_model = "reward_head" in params
-    chosen, hf_config = _describe(config, like, family, is_reward_model)
+    try:
+        chosen, hf_config = _describe(config, like, family, is_reward_model)
+    except CheckpointFormatError:
+        if config.embedding_scale == 1:
+            raise
+        config, params = without_embedding_scale(config, params)
+        chosen, hf_config = _describe(config, like, family, is_reward_model)
     plan = _plan_files(chosen, config, params, is_reward_model, dtype)
     hf_config.architectures = [chosen.architecture]
     if is_reward_model:
@@ -512,6 +525,64 @@ def save(
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def without_embedding_scale(
+    config: DecoderConfig, params: PyTree
+) -> tuple[DecoderConfig, dict]:
+    """The same model with the scale multiplied into the embedding.
+
+    A tied model becomes an untied one: its unembedding has no scale.
+    """
+    scaled = jnp.asarray(params["embedding"]) * config.embedding_scale
+    unembedding = {"unembedding": params["embedding"]} if config.tied else {}
+    if "reward_head" in params:
+        unembedding = {}
+    config = dataclasses.replace(
+        config, embedding_scale=1.0, tied=config.tied and not unembedding
+    )
+    return config, {**params, **unembedding, "embedding": scaled}
+
+
+def model_card(
+    name: str,
+    *,
+    method: str,
+    data: str,
+    config: dict,
+    metrics: dict[str, float],
+    paper: str | None = None,
+    base: str | None = None,
+) -> str:
+    """README.md of a trained model, with the header that model hubs read.
+
+    Args:
+      name: of the model.
+      method: how it was trained, such as DPO.
+      data: what it was trained on.
+      config: plain values of the training.
+      metrics: name -> value, of the last validation.
+      paper: of the method, with its version.
+      base: name of the model that it started from.
+    """
+    header = ["---", "library_name: transformers"]
+    header += [f"base_model: {json.dumps(base)}"] if base else []
+    header += ["tags:", "- pref_jax", f"- {json.dumps(method.lower())}", "---"]
+    about = [f"- Method: {method}" + (f" ({paper})" if paper else "")]
+    about += [f"- Started from: {base}"] if base else []
+    about += [f"- Data: {data}", "- Trained with pref_jax"]
+    table = ["| metric | value |", "| --- | --- |"]
+    table += [f"| {key} | {value:.6g} |" for key, value in sorted(metrics.items())]
+    sections = [
+        "\n".join(header),
+        f"# {name}",
+        "\n".join(about),
+        "## Last validation",
+        "\n".join(table) if metrics else "None was recorded.",
+        "## Configuration",
+        "```json\n" + json.dumps(config, indent=1) + "\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def new_folder(path: str) -> pathlib.Path:

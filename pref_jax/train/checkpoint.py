@@ -14,6 +14,7 @@ import signal
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -201,6 +202,26 @@ class Checkpoints:
         """
         return self._metadata(self._find(step))["meta"]
 
+    def saved_shapes(self, field: str, step: int | None = None) -> dict:
+        """Shapes and dtypes of a field of a saved state, a nested dict of arrays.
+
+        Args:
+          field: of the state, such as `params`.
+          step: which checkpoint; the latest when None.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+        """
+        shapes: dict = {}
+        for path, described in self._metadata(self._find(step))["leaves"].items():
+            first, *names = path.split("/")
+            if first == field:
+                tree = shapes
+                for name in names[:-1]:
+                    tree = tree.setdefault(name, {})
+                tree[names[-1]] = _read_description(described)
+        return shapes
+
     def latest_step(self) -> int | None:
         """The newest complete checkpoint; waits for a save that is being written."""
         checkpoints = self._complete()
@@ -362,6 +383,16 @@ def _describe_leaves(tree) -> dict[str, str]:
             )
         leaves[name] = describe(leaf)
     return leaves
+
+
+def _read_description(described: str) -> jax.ShapeDtypeStruct:
+    """What `checks.describe` says of an array, such as `bf16[4, 8]`, read back."""
+    dtype, _, sizes = described.rstrip("]").partition("[")
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    kind = dtype.rstrip("0123456789")
+    names = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint"}
+    dtype = names.get(kind, kind) + dtype[len(kind) :]
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def _check_same_leaves(saved: dict, needed: dict, path) -> None:

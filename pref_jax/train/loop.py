@@ -200,11 +200,11 @@ class _Loop:
         self._pending = None  # outputs, records and counts of a step not read yet
 
     def restore(self, meta: dict) -> None:
-        if meta["base"] != self.base:
+        if meta.get("base") != self.base:
             raise ValueError(
                 f"the checkpoints of {self.checkpoints.folder} stand on the base "
-                f"{meta['base']}; got {self.base}. Load that base, or train in a new "
-                f"folder."
+                f"{meta.get('base')}; got {self.base}. Load that base, or train in a "
+                f"new folder."
             )
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.best, self.stale = meta["best"], meta["stale"]

@@ -32,6 +32,7 @@ from pref_jax.train.step import (
 from pref_jax.types import Model, PyTree
 
 CONFIG_FILE = "stage.json"
+MODEL_FILE = "model.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ def train_stage(
             "`frozen` and `base` (its path and hash) belong together; give both."
         )
     _claim_folder(name, folder, config)
+    about = {"method": method.name, "paper": method.paper, "seed": seed}
+    write_json(folder / MODEL_FILE, json.loads(model.description) | about)
     axes = model.param_axes(params)
     num_steps = config.loop.num_steps
     optimizer = make_optimizer(config.optimizer, num_steps, param_axes=axes)

@@ -92,6 +92,7 @@ class Bigram:
 
     vocab_size: int = 3
     max_positions: int | None = None
+    logit_softcap = None
 
     def hidden(self, params, tokens, position, end):
         return params[tokens]

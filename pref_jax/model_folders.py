@@ -1,0 +1,276 @@
+"""A model by its folder: a Hugging Face checkpoint, an adapter, or a stage of a run.
+
+    Hugging Face folder   config.json and safetensors
+    PEFT adapter          adapter_config.json; its base is found by the path in it
+    stage of a run        model.json and checkpoints/; with adapters, its base likewise
+
+Whatever it is, what comes back is a config and plain parameters: adapters are merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pref_jax.data.anchor_cache import params_identity
+from pref_jax.models import decoder, lora, pretrained
+from pref_jax.models.decoder import DecoderConfig
+from pref_jax.models.pretrained import CheckpointFormatError
+from pref_jax.train import loop, sharding, stage
+from pref_jax.train.checkpoint import Checkpoints
+from pref_jax.types import PyTree
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a run keeps the tokenizer of its models."""
+
+_HF, _ADAPTER, _STAGE = "Hugging Face checkpoint", "adapter", "stage of a run"
+
+
+def _kind(path: str) -> str:
+    folder = pathlib.Path(path)
+    if (folder / stage.MODEL_FILE).is_file():
+        return _STAGE
+    if (folder / "adapter_config.json").is_file():
+        return _ADAPTER
+    config = folder / "config.json"
+    stages = sorted(p.parent.name for p in folder.glob(f"*/{stage.MODEL_FILE}"))
+    if stages:
+        raise CheckpointFormatError(
+            f"{path} is a run of the stages {', '.join(stages)}; give the folder of "
+            f"one of them, such as {folder / stages[-1]}."
+        )
+    if not config.is_file():
+        raise CheckpointFormatError(
+            f"{path} is no model: it has neither config.json (Hugging Face), nor "
+            f"adapter_config.json (PEFT), nor {stage.MODEL_FILE} (a stage of a run)."
+        )
+    return _HF
+
+
+def load_config(path: str, *, max_positions: int | None = None) -> DecoderConfig:
+    """The decoder config of a model's folder.
+
+    Args:
+      path: of any of the three kinds.
+      max_positions: as in `models.pretrained.load_config`; of a Hugging Face folder.
+
+    Raises:
+      CheckpointFormatError: it is no such folder, or as `pretrained.load_config`.
+    """
+    kind = _kind(path)
+    if kind == _HF:
+        return pretrained.load_config(path, max_positions=max_positions)
+    if kind == _ADAPTER:
+        return load_config(_peft_base(path), max_positions=max_positions)
+    return decoder.from_description(_description(path)["decoder"])
+
+
+def load(
+    path: str,
+    *,
+    mesh: Mesh | None = None,
+    param_dtype: str = "float32",
+    max_positions: int | None = None,
+    **compute,
+) -> tuple[DecoderConfig, PyTree]:
+    """Config and parameters of a model's folder.
+
+    Args:
+      path: of any of the three kinds. Of a stage, its best checkpoint where it has one,
+        else its last.
+      mesh: of `train.sharding.make_mesh`: every device reads its part. None: on the
+        host, or on one device.
+      param_dtype: of the parameters, float32 or bfloat16.
+      max_positions: as in `load_config`.
+      **compute: as in `models.pretrained.load`.
+
+    Raises:
+      CheckpointFormatError: as `load_config` and `pretrained.load`; the base of an
+        adapter is not where it was, or not what it was.
+    """
+    kind = _kind(path)
+    options = {"param_dtype": param_dtype, "max_positions": max_positions, **compute}
+    if kind == _HF:
+        shardings = None
+        if mesh is not None:
+            config = pretrained.load_config(path, max_positions=max_positions)
+            has_head = pretrained.has_reward_head(path)
+            shapes = pretrained.param_shapes(config, has_head)
+            shardings = _shardings(mesh, shapes)
+        return pretrained.load(path, shardings=shardings, **options)
+    if kind == _ADAPTER:
+        base = _peft_base(path)
+        config, params = load(base, mesh=mesh, **options)
+        lora_config, trained = lora.load_peft(path, config, base=base)
+        return config, lora.merge(params, trained, lora_config)
+    return _load_stage(pathlib.Path(path), mesh, options)
+
+
+def tokenizer_folder(path: str) -> str:
+    """Folder of the tokenizer that belongs to a model's folder."""
+    kind = _kind(path)
+    if kind == _STAGE:
+        return str(pathlib.Path(path).resolve().parent / TOKENIZER_FOLDER)
+    own = any(pathlib.Path(path).glob("tokenizer*"))
+    return path if kind == _HF or own else tokenizer_folder(_peft_base(path))
+
+
+def base_identity(path: str, params: PyTree) -> dict[str, str]:
+    """What checkpoints of adapters say of their base: its path, its hash, its type."""
+    dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
+    resolved = str(pathlib.Path(path).resolve())
+    return {"path": resolved, "hash": params_identity(params), "dtype": dtype}
+
+
+def hf_origin(path: str) -> str | None:
+    """The Hugging Face folder that a model came from, through all its bases."""
+    kind = _kind(path)
+    if kind == _HF:
+        return str(path)
+    if kind == _ADAPTER:
+        return hf_origin(_peft_base(path))
+    base = _base_of_stage(pathlib.Path(path))
+    return None if base is None else hf_origin(base["path"])
+
+
+def export_adapters(path: str, out: str) -> pathlib.Path:
+    """Write the adapters of a stage in PEFT's format.
+
+    Raises:
+      CheckpointFormatError: the folder is no stage, has no adapters, or its base is no
+        Hugging Face folder, which PEFT could not open.
+    """
+    folder = pathlib.Path(path)
+    base = _base_of_stage(folder) if _kind(path) == _STAGE else None
+    if base is None:
+        raise CheckpointFormatError(f"{path} is no stage of a run with adapters.")
+    if _kind(base["path"]) != _HF:
+        raise CheckpointFormatError(
+            f"the adapters of {path} stand on {base['path']}, which is no Hugging Face "
+            f"folder; convert that first, or write {path} merged."
+        )
+    trained = _restore_trained(folder, None)
+    description = _description(path)
+    return lora.save_peft(
+        out,
+        trained,
+        _lora_config(description["lora"]),
+        decoder.from_description(description["decoder"]),
+        base=base["path"],
+    )
+
+
+def card(path: str) -> str:
+    """The model card of a stage of a run; of other folders their own, if any."""
+    folder = pathlib.Path(path)
+    if _kind(path) != _STAGE:
+        own = folder / "README.md"
+        return own.read_text(encoding="utf-8") if own.is_file() else ""
+    description, run = _description(path), folder.resolve().parent / "config.json"
+    config = json.loads(run.read_text())["config"] if run.is_file() else {}
+    base = _base_of_stage(folder) or {"path": config.get("model")}
+    return pretrained.model_card(
+        f"{folder.resolve().parent.name}, {folder.name}",
+        method=description["method"],
+        paper=description["paper"] or None,
+        data=", ".join(config.get("data") or ()) or "the experiment's own",
+        base=base["path"] and pathlib.Path(base["path"]).name,
+        config={
+            "stage": json.loads((folder / stage.CONFIG_FILE).read_text()),
+            "run": config,
+        },
+        metrics=_last_validation(folder),
+    )
+
+
+def _last_validation(folder: pathlib.Path) -> dict[str, float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    measured = [
+        {k: v for k, v in line.items() if k.startswith("validation/")} for line in found
+    ]
+    return next((metrics for metrics in reversed(measured) if metrics), {})
+
+
+def _peft_base(path) -> str:
+    settings = json.loads((pathlib.Path(path) / "adapter_config.json").read_text())
+    base = settings.get("base_model_name_or_path")
+    if base is None or not pathlib.Path(base).is_dir():
+        raise CheckpointFormatError(
+            f"{path}/adapter_config.json names the base {base!r}, which is no folder "
+            f"here. Put the base's path there."
+        )
+    return base
+
+
+def _description(path) -> dict:
+    return json.loads((pathlib.Path(path) / stage.MODEL_FILE).read_text())
+
+
+def _shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
+    return sharding.param_shardings(mesh, lora.param_axes(shapes), shapes)
+
+
+def _chosen_step(folder: pathlib.Path) -> int | None:
+    """The best checkpoint of a finished stage that has one; None: the last."""
+    done = folder / loop.DONE_FILE
+    return json.loads(done.read_text())["best_step"] if done.is_file() else None
+
+
+def _base_of_stage(folder: pathlib.Path) -> dict[str, str] | None:
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        return (checkpoints.restore_meta(_chosen_step(folder)) or {}).get("base")
+
+
+def _restore_trained(folder: pathlib.Path, mesh: Mesh | None) -> PyTree:
+    """What a stage trained, placed on a mesh or on one device."""
+    step = _chosen_step(folder)
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        shapes = checkpoints.saved_shapes("params", step)
+        if mesh is None:
+            here = SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.tree.map(lambda _: here, shapes)
+        else:
+            shardings = _shardings(mesh, shapes)
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            *(shapes, shardings),
+        )
+        return checkpoints.restore(abstract, step, field="params")
+
+
+def _load_stage(folder: pathlib.Path, mesh, options):
+    description = _description(folder)
+    config = decoder.from_description(description["decoder"])
+    dtype = jnp.dtype(options.pop("param_dtype"))
+    longest = options.pop("max_positions") or config.max_positions
+    config = dataclasses.replace(config, max_positions=longest, **options)
+    params, base = _restore_trained(folder, mesh), _base_of_stage(folder)
+    if base is not None:
+        params = _on_base(folder, base, description["lora"], params, mesh)
+    return config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+def _on_base(folder, base, lora_values, trained, mesh):
+    if not pathlib.Path(base["path"]).is_dir():
+        raise CheckpointFormatError(
+            f"the adapters of {folder} stand on {base['path']}, which is no folder "
+            f"here. Put the base back there."
+        )
+    _, params = load(base["path"], mesh=mesh, param_dtype=base["dtype"])
+    if params_identity(params) != base["hash"]:
+        raise CheckpointFormatError(
+            f"the adapters of {folder} stand on {base['path']}, which has changed: its "
+            f"hash is not {base['hash']}."
+        )
+    return lora.merge(params, trained, _lora_config(lora_values))
+
+
+def _lora_config(values: dict) -> lora.LoraConfig:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return lora.LoraConfig(**values)
