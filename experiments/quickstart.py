@@ -51,7 +51,7 @@ from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
 from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
 from pref_jax.models import decoder
-from pref_jax.models import lora as lora_lib
+from pref_jax.models.lora import LoraConfig
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
@@ -96,9 +96,8 @@ class Config:
     heldout: str | None = None  # to evaluate on; None: a tenth of `data`, by prompt
     tokenizer: str | None = None  # folder of its tokenizer; None: that of `model`
     model: str | None = None  # folder: Hugging Face, adapter, or a stage of a run
-    lora: lora_lib.LoraConfig | None = (
-        None  # train adapters on `model`; None: all of it
-    )
+    adapters: bool = False  # train low-rank adapters on `model` instead of all of it
+    lora: LoraConfig = LoraConfig()  # the adapters
     max_positions: int | None = None  # longest text of `model`; None: as it says
     grade: str | None = None  # module:function of (prompt, response) -> true reward
     on_error: str = "raise"  # bad rows of `data`: raise or skip
@@ -126,9 +125,12 @@ class Config:
                     )
         elif self.tokenizer is None and self.model is None:
             raise ValueError("`data` needs a tokenizer; give --tokenizer or --model.")
-        for field in ("lora", "max_positions"):
-            if getattr(self, field) is not None and self.model is None:
-                raise ValueError(f"`{field}` belongs to `model`; give --model too.")
+        if self.model is None and (self.adapters or self.max_positions is not None):
+            raise ValueError(
+                "`adapters` and `max_positions` belong to `model`; give --model too."
+            )
+        if self.lora != LoraConfig() and not self.adapters:
+            raise ValueError("`lora` belongs to `adapters`; give --adapters too.")
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
                 f"`weights` needs a number for each of {len(self.data)} sources of "
@@ -531,7 +533,7 @@ def run_config(config: Config) -> pathlib.Path:
             row_length=config.row_length,
             long_groups=config.long_groups,
             max_new_tokens=config.max_new_tokens,
-            lora=config.lora,
+            lora=config.lora if config.adapters else None,
         )
         results = run(config, pipeline, task, params)
         seconds = time.perf_counter() - began

@@ -135,7 +135,8 @@ def hf_origin(path: str) -> str | None:
     if kind == _ADAPTER:
         return hf_origin(_peft_base(path))
     base = _base_of_stage(pathlib.Path(path))
-    return None if base is None else hf_origin(base["path"])
+    start = base["path"] if base else _run_config(pathlib.Path(path)).get("model")
+    return hf_origin(start) if start and pathlib.Path(start).is_dir() else None
 
 
 def export_adapters(path: str, out: str) -> pathlib.Path:
@@ -171,8 +172,7 @@ def card(path: str) -> str:
     if _kind(path) != _STAGE:
         own = folder / "README.md"
         return own.read_text(encoding="utf-8") if own.is_file() else ""
-    description, run = _description(path), folder.resolve().parent / "config.json"
-    config = json.loads(run.read_text())["config"] if run.is_file() else {}
+    description, config = _description(path), _run_config(folder)
     base = _base_of_stage(folder) or {"path": config.get("model")}
     return pretrained.model_card(
         f"{folder.resolve().parent.name}, {folder.name}",
@@ -186,6 +186,12 @@ def card(path: str) -> str:
         },
         metrics=_last_validation(folder),
     )
+
+
+def _run_config(stage_folder: pathlib.Path) -> dict:
+    """The config of the run that a stage belongs to; {}: it belongs to none."""
+    path = stage_folder.resolve().parent / "config.json"
+    return json.loads(path.read_text())["config"] if path.is_file() else {}
 
 
 def _last_validation(folder: pathlib.Path) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """A model of any folder as a Hugging Face folder, or adapters as a PEFT folder.
 
-    python scripts/convert_checkpoint.py --model runs/quickstart/1/DPO --out dpo_hf
+    python scripts/convert_checkpoint.py --model runs/quickstart/001/DPO --out dpo_hf
     python scripts/convert_checkpoint.py --model ADAPTER --out merged --dtype bfloat16
-    python scripts/convert_checkpoint.py --model runs/own/1/DPO --adapters --out adapter
+    python scripts/convert_checkpoint.py --model runs/own/001/DPO --adapters --out a
 
 The model is a Hugging Face folder, a PEFT adapter (merged into its base) or a stage of
 a run (its best checkpoint, else its last; adapters merged). The folder that is written

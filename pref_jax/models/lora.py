@@ -283,7 +283,6 @@ def save_peft(
     """
     from safetensors.numpy import save_file
 
-    folder = pretrained.new_folder(path)
     layout = pretrained.find_family(family, base)
     fused: dict[str, list] = {}
     for adapter_path, adapter in _adapters(trained["adapters"]):
@@ -316,6 +315,7 @@ def save_peft(
         _PREFIX + tensor.name: _as_on_disk(tensor, trained[name], decoder_config)
         for name, tensor in whole.items()
     }
+    folder = pretrained.new_folder(path)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     is_reward_model = "reward_head" in whole
     own = {name: rank for name, rank in patterns.items() if rank != config.rank}

@@ -497,7 +497,6 @@ def save(
         a parameter (adapters are to be merged first).
       ValueError: a parameter is missing, unknown, or not fully on this process.
     """
-    folder = new_folder(path)
     is_reward_model = "reward_head" in params
     try:
         chosen, hf_config = _describe(config, like, family, is_reward_model)
@@ -519,6 +518,7 @@ def save(
             if getattr(tokenizer, name) is not None:
                 setattr(hf_config, name, getattr(tokenizer, name))
     hf_config.dtype = next(iter(plan.values())).dtype.name
+    folder = new_folder(path)
     _write_tensors(folder, plan, max_shard_bytes)
     hf_config.save_pretrained(folder)
     _write_companions(folder, hf_config, like, tokenizer, is_reward_model)
@@ -627,6 +627,7 @@ def _describe(config, like, family, is_reward_model):
 
 def _try_family(family: Family, config, is_reward_model):
     """A Hugging Face config, and what is lost when it is read back: "" if nothing."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils import logging as hf_logging
 
@@ -639,7 +640,7 @@ def _try_family(family: Family, config, is_reward_model):
             **family.write(config),
         )
         back = DecoderConfig(**family.read(hf_config))
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         return None, str(error)
     finally:
         hf_logging.set_verbosity(verbosity)
