@@ -8,10 +8,12 @@ reads back as the same model. What families there are stands in `models/families
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
 import mmap
+import os
 import pathlib
 import re
 import shutil
@@ -320,16 +322,61 @@ class _Reader:
         """The part of a parameter that an index, one slice an axis, speaks of."""
         layers, inside = (index[0], index[1:]) if place.stacked else (slice(1), index)
         chosen = place.tensors[layers]
-        out = None
-        for number, tensor in enumerate(chosen):
-            stored = self.find(tensor)
-            part = tensor.view(stored.array(), self.sizes)[tuple(inside)]
-            if out is None:
-                out = np.empty((len(chosen), *part.shape), dtype)
-            out[number] = part
-            del part
+        whole = (self.sizes[letter] for letter in chosen[0].ours)
+        shape = [
+            len(range(*part.indices(n))) for part, n in zip(inside, whole, strict=True)
+        ]
+        out = np.empty((len(chosen), *shape), dtype)
+
+        def read_layer(number):
+            stored = self.find(chosen[number])
+            view = chosen[number].view(stored.array(), self.sizes)
+            _copy(out[number], view[tuple(inside)])
+            del view
             stored.release()
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(read_layer, range(len(chosen))))
         return out if place.stacked else out[0]
+
+
+_STRIP = 16  # rows that are turned at once: as many lines of the cache are written to
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+    """out[...] = values; a transposed view in strips, which is several times faster.
+
+    Args:
+      out: contiguous.
+      values: of the same shape.
+    """
+    if out.dtype == values.dtype:  # plain bits are copied faster than bfloat16
+        bits = f"u{out.dtype.itemsize}"
+        out, values = out.view(bits), values.view(bits)
+    # Neighbouring axes that are one run in both are one axis.
+    shape, strides = [1], [0]
+    for size, stride in zip(values.shape, values.strides, strict=True):
+        if strides[-1] == size * stride:
+            shape[-1], strides[-1] = shape[-1] * size, stride
+        else:
+            shape.append(size)
+            strides.append(stride)
+    _copy_strips(out.reshape(shape[1:]), values.reshape(shape[1:]))
+
+
+def _copy_strips(out, values):
+    num_rows = values.size // max(1, values.shape[int(np.argmin(values.strides))])
+    is_turned = values.strides != tuple(sorted(values.strides, reverse=True))
+    if not is_turned or num_rows <= _STRIP:
+        # Cast in the order that the file has, then turned.
+        out[...] = values.astype(out.dtype, order="K", copy=False)
+        return
+    sizes = zip(values.shape, values.strides, strict=True)
+    axis = int(np.argmax([stride * (size > 1) for size, stride in sizes]))
+    step = max(1, _STRIP * values.shape[axis] // num_rows)
+    for start in range(0, values.shape[axis], step):
+        strip = (slice(None),) * axis + (slice(start, start + step),)
+        _copy_strips(out[strip], values[strip])
 
 
 def load(
