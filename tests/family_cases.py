@@ -1,15 +1,21 @@
 """Tiny models of every family, as fields of a Hugging Face config.
 
 No size, eps or theta is a default. Windows, caps and scaled rotations are such that
-they matter within `SEQUENCE` tokens.
+they matter within `SEQUENCE` tokens, and within a prompt and its response.
 """
 
-SEQUENCE = 48
+SEQUENCE = 40  # tokens of the one text whose logits are recorded
 PROMPT_LENGTHS = (5, 1, 12, 2, 9)  # some longer than the windows
 RESPONSE_LENGTHS = ((4, 7), (1, 3), (6, 9), (5, 5), (2, 9))
 
-_SMALL = {
-    "vocab_size": 41,
+_COMMON = {
+    "vocab_size": 29,
+    # At the usual initial size attention is nearly uniform and rotations do not show.
+    "initializer_range": 0.3,
+    # The defaults lie beyond the vocabulary, or keep a gradient from the padding's id.
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+}
+_SMALL = _COMMON | {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 3,
@@ -37,6 +43,7 @@ _LONGROPE = {
     "long_factor": [1.5, 3.0],
     "partial_rotary_factor": 0.5,
 }
+_WIDE_HEADS = {"num_attention_heads": 2}  # of 8 entries: 4 turn
 _GEMMA = {"head_dim": 8, "tie_word_embeddings": True}
 _GEMMA2 = {
     **_GEMMA,
@@ -53,7 +60,7 @@ FAMILY_CASES = {
         {
             "rope_parameters": _rope(**_LLAMA3),
             "tie_word_embeddings": True,
-            "head_dim": 6,
+            "head_dim": 8,
             "attention_bias": True,
             "mlp_bias": True,
         },
@@ -61,12 +68,13 @@ FAMILY_CASES = {
     "mistral": ("mistral", {"rope_parameters": _rope(), "sliding_window": 6}),
     "mistral_small": (
         "mistral",
-        {"rope_parameters": _rope(), "sliding_window": None, "head_dim": 6},
+        {"rope_parameters": _rope(), "sliding_window": None, "head_dim": 8},
     ),
     "qwen2": (
         "qwen2",
         {
             "rope_parameters": _rope(),
+            "num_hidden_layers": 2,
             "use_sliding_window": True,
             "sliding_window": 6,
             "max_window_layers": 1,
@@ -83,9 +91,7 @@ FAMILY_CASES = {
         "gemma3_text",
         {
             **_GEMMA2,
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention"] * 2
-            + ["full_attention", "sliding_attention"],
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
             "rope_parameters": {
                 "sliding_attention": _rope(),
                 "full_attention": _rope(
@@ -97,28 +103,28 @@ FAMILY_CASES = {
     "phi3": (
         "phi3",
         {
+            **_WIDE_HEADS,
+            "num_key_value_heads": 1,
             "rope_parameters": _rope(partial_rotary_factor=0.5),
-            "hidden_size": 32,
             "sliding_window": 6,
-            "pad_token_id": 0,
         },
     ),
     "phi4_mini": (
         "phi3",
         {
+            **_WIDE_HEADS,
+            "num_key_value_heads": 1,
             "rope_parameters": _rope(**_LONGROPE),
             "original_max_position_embeddings": 16,
-            "hidden_size": 32,
             "tie_word_embeddings": True,
-            "pad_token_id": 0,
         },
     ),
     "olmo2": ("olmo2", {"rope_parameters": _rope()}),
     "pythia": (
         "gpt_neox",
         {
+            **_WIDE_HEADS,
             "rope_parameters": _rope(partial_rotary_factor=0.5),
-            "hidden_size": 32,
             "layer_norm_eps": 1e-2,
         },
     ),
@@ -154,7 +160,7 @@ def settings(name: str) -> tuple[str, dict]:
     """(model type, all fields of the config)."""
     model_type, fields = FAMILY_CASES[name]
     if model_type == "gpt2":
-        return model_type, {"vocab_size": _SMALL["vocab_size"]} | fields
+        return model_type, _COMMON | fields
     common = dict(_SMALL)
     if model_type == "gpt_neox":
         del common["num_key_value_heads"], common["rms_norm_eps"]

@@ -67,14 +67,20 @@ STORY = (
 )
 
 
-def make_pairs(vocab_size: int, rng) -> dict[str, np.ndarray]:
+def make_pairs(
+    vocab_size: int,
+    rng,
+    *,
+    prompt_lengths=PROMPT_LENGTHS,
+    response_lengths=RESPONSE_LENGTHS,
+) -> dict[str, np.ndarray]:
     """Ragged pairs: prompt i64[B, P], response i64[B, 2, T], mask bool[B, 2, T].
 
     Ids are -1 in padding; about a fifth of the response tokens are not trained.
     """
-    lengths = np.array(RESPONSE_LENGTHS)
-    prompt = rng.integers(vocab_size, size=(len(lengths), max(PROMPT_LENGTHS)))
-    prompt[np.arange(prompt.shape[1]) >= np.array(PROMPT_LENGTHS)[:, None]] = -1
+    lengths = np.array(response_lengths)
+    prompt = rng.integers(vocab_size, size=(len(lengths), max(prompt_lengths)))
+    prompt[np.arange(prompt.shape[1]) >= np.array(prompt_lengths)[:, None]] = -1
     response = rng.integers(vocab_size, size=(*lengths.shape, lengths.max()))
     response[np.arange(lengths.max()) >= lengths[..., None]] = -1
     mask = (rng.random(response.shape) < 0.8) & (response >= 0)
@@ -116,9 +122,12 @@ def token_logps(model, pairs, *, padding: str, rng) -> torch.Tensor:
 
 def hidden_by_layer(model, sequence) -> torch.Tensor:
     """f32[N, S, D]: the final norm of the state after 1, 2, .. N layers."""
-    outputs = model.model(torch.tensor(sequence)[None], output_hidden_states=True)
+    base = model.base_model
+    norms = ("norm", "final_layer_norm", "ln_f")
+    norm = next(getattr(base, name) for name in norms if hasattr(base, name))
+    outputs = base(torch.tensor(sequence)[None], output_hidden_states=True)
     *states, last = outputs.hidden_states[1:]  # the last is normed already
-    return torch.cat([*map(model.model.norm, states), last])
+    return torch.cat([*map(norm, states), last])
 
 
 def save_as(model, tensors, folder: Path) -> None:
@@ -127,7 +136,7 @@ def save_as(model, tensors, folder: Path) -> None:
     for parameter, tensor in zip(model.parameters(), tensors, strict=True):
         parameter.data = tensor.detach().clone()
     model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def make_model(settings: dict, *, seed: int) -> LlamaForCausalLM:
@@ -199,12 +208,12 @@ def story_values(folder: Path) -> dict:
     }
 
 
-def origin() -> dict:
+def origin(script: str = "tests/parity/write_golden.py") -> dict:
     """Script, commit, versions and date, for the record of a file."""
     command = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     return {
-        "script": "tests/parity/write_golden.py",
+        "script": script,
         "after_commit": commit.strip(),
         "versions": {
             "torch": torch.__version__,
