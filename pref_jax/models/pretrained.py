@@ -407,7 +407,8 @@ def load(
 
     Returns:
       The config, and the parameters in the nested dict that `make_decoder(config)`
-      takes; a reward model has its head under `reward_head`, [D], and counts as tied.
+      takes; a reward model has its head under `reward_head`, [D], and counts as tied
+      unless an unembedding lies beside it.
 
     Raises:
       CheckpointFormatError: as `load_config`; no safetensors; a tensor is missing, left
@@ -427,7 +428,7 @@ def load(
     reader = _Reader(path, family, config)
     head = family.tensor("reward_head")
     is_reward_model = head.name in reader.tensors
-    if is_reward_model:
+    if is_reward_model and family.tensor("unembedding").name not in reader.tensors:
         config = dataclasses.replace(config, tied=True)
     shapes = param_shapes(config, is_reward_model)
     if config.tied:
@@ -696,7 +697,9 @@ def _try_family(family: Family, config, is_reward_model):
 
 def _differences(config, other, is_reward_model, like=None) -> str:
     """Fields that two configs differ in, but for how they compute."""
-    ignored = {*_COMPUTE, *(("tied",) if is_reward_model else ())}
+    ignored = set(_COMPUTE)
+    if is_reward_model and config.tied:
+        ignored.add("tied")  # without an unembedding there is nothing to tie
     scalings = [kind.rotary and kind.rotary.scaling for kind in config.period]
     is_stretched = any(isinstance(x, LongScaling) for x in scalings)
     # Files of a model that was told to read shorter texts keep their own length.
