@@ -109,14 +109,16 @@ def test_files_are_no_larger_than_asked_and_the_index_names_each_tensor(
     assert index["metadata"]["total_size"] == total
 
 
+@pytest.mark.parametrize("is_like", [False, True], ids=["alone", "like"])
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2", "pythia"])
-def test_a_reward_model_loads_as_it_was(name, tmp_path):
+def test_a_reward_model_loads_as_it_was(name, is_like, tmp_path):
     config, params = load(weights(name))
     config = dataclasses.replace(config, tied=True)  # it has no unembedding
     params.pop("unembedding", None)
     head = np.linspace(-1, 1, config.width, dtype=np.float32)
     params["reward_head"] = head
-    folder = pretrained.save(tmp_path / "saved", config, params)
+    like = weights(name) if is_like else None
+    folder = pretrained.save(tmp_path / "saved", config, params, like=like)
     (architecture,) = settings_of(folder)["architectures"]
     assert architecture.endswith("ForSequenceClassification")
     assert not (folder / "generation_config.json").exists()

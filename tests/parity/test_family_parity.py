@@ -94,6 +94,7 @@ def test_torch_opens_what_is_saved_and_computes_the_same(case, tmp_path, is_like
     original = torch_model(case.folder / "weights")
     # Without `like` a Mistral that has no window is a Llama.
     assert type(model) is type(original) or not is_like
+    assert model.config.architectures == [type(model).__name__]
     ours, expected = torch_logits(model, case), torch_logits(original, case)
     if case.name == "gpt_neox_in_turn" and not is_like:
         # gelu_fast is saved under another name, and computed in another order.
@@ -192,6 +193,7 @@ def test_reward_models_are_torchs_and_are_saved_as_torch_opens_them(name, tmp_pa
         settings.save_pretrained(folder)
         opened = torch_model(folder, AutoModelForSequenceClassification)
         assert type(opened) is type(model) or like is None
+        assert settings.architectures == [type(opened).__name__]
         expected = torch_scores(model, texts, padding="left")
         again = torch_scores(opened, texts, padding="left")
         exact = name != "gpt_neox_in_turn" or like is not None
