@@ -129,8 +129,11 @@ def test_on_a_mesh_every_device_holds_its_part(made, name):
     _, params = model_folders.load(made.root / name, mesh=mesh)
     up = params["blocks"]["0"]["mlp"]["up"]
     assert {s.data.shape for s in up.addressable_shards} == {(2, 4, 16)}
-    same(
-        jax.device_get(params), jax.device_get(model_folders.load(made.root / name)[1])
+    _, alone = model_folders.load(made.root / name)
+    # A merged product adds up in another order on other devices.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        *jax.device_get((params, alone)),
     )
 
 
