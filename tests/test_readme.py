@@ -7,9 +7,11 @@ import re
 import shlex
 
 import pytest
+import tyro
 
 from experiments import quickstart
 from pref_jax.train.run import parse_config
+from scripts import convert_checkpoint, score_responses
 
 PAGES = (
     "README.md",
@@ -17,6 +19,7 @@ PAGES = (
     "docs/your_data.md",
     "docs/evaluation.md",
     "docs/benchmarks.md",
+    "docs/checkpoints.md",
     "docs/losses.md",
     "docs/testing.md",
 )
@@ -37,12 +40,27 @@ def test_python_examples_run(pytestconfig):
     assert ran >= 2
 
 
-def test_quickstart_commands_name_real_fields(pytestconfig):
+def commands_of_pages(root):
     commands = []
     for page in PAGES:
-        for code in blocks((pytestconfig.rootpath / page).read_text(), "bash"):
+        for code in blocks((root / page).read_text(), "bash"):
             joined = code.replace("\\\n", " ")
             commands += [shlex.split(x, comments=True) for x in joined.splitlines()]
+    return commands
+
+
+@pytest.mark.parametrize("script", [convert_checkpoint, score_responses])
+def test_commands_of_scripts_name_real_fields(pytestconfig, script):
+    name = f"scripts/{script.__name__.rpartition('.')[2]}.py"
+    found = [c for c in commands_of_pages(pytestconfig.rootpath) if name in c]
+    assert found
+    for command in found:
+        assert command[:2] == ["python", name]
+        tyro.cli(script.Config, args=command[2:])
+
+
+def test_quickstart_commands_name_real_fields(pytestconfig):
+    commands = commands_of_pages(pytestconfig.rootpath)
     prefixes = (
         ["bash", "scripts/quickstart.sh"],
         ["python", "-m", "experiments.quickstart"],

@@ -1,0 +1,153 @@
+"""Loading a checkpoint, by us and by `transformers`: for the case `load`.
+
+A folder of random shards of the shape of a model is written once; every round loads it
+in a fresh process of each kind, from files that the system has in memory. A process
+says how long it took until the loader returned and until every page of the parameters
+had been touched (torch may leave them in the files until then), how many bytes it
+keeps, and by how much its memory grew at most, mapped files included.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pref_jax.models import pretrained
+from pref_jax.models.decoder import DecoderConfig, LayerKind, Llama3Scaling, Rotary
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+LLAMA_1B = DecoderConfig(
+    vocab_size=128256,
+    width=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_width=8192,
+    period=(LayerKind(rotary=Rotary(5e5, 1.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))),),
+    max_positions=131072,
+)
+"""The shape of Llama 3.2 1B."""
+
+_COMMON = """
+import json, sys, time
+def memory(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(x.split()[1]) for x in lines if x.startswith(field))
+def report(load, leaves, touch):
+    before, began = memory("VmRSS"), time.perf_counter()
+    held = load()
+    returned = time.perf_counter() - began
+    for leaf in leaves(held):
+        touch(leaf)
+    print(json.dumps({
+        "seconds": returned,
+        "seconds_touched": time.perf_counter() - began,
+        "kept_bytes": sum(leaf.nbytes for leaf in leaves(held)),
+        "peak_bytes": memory("VmHWM") - before,
+    }))
+"""
+_OURS = """
+import jax, transformers
+from transformers import AutoConfig
+from pref_jax.models import pretrained
+report(
+    lambda: pretrained.load(sys.argv[1], param_dtype="bfloat16")[1],
+    jax.tree.leaves,
+    lambda leaf: leaf.ravel().view("uint16")[::2048].max(),
+)
+"""
+_TORCH = """
+import torch
+from transformers import AutoModelForCausalLM
+report(
+    lambda: AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16),
+    lambda model: list(model.parameters()),
+    lambda leaf: leaf.detach().flatten().view(torch.int16)[::2048].max(),
+)
+"""
+PROGRAMS = {"pref_jax": _COMMON + _OURS, "transformers": _COMMON + _TORCH}
+
+
+def write_random(folder: str, config: DecoderConfig, *, seed: int) -> None:
+    """Shards of bfloat16 of any finite bits, a gigabyte each."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        bits = rng.integers(0, 2**15, leaf.size, np.uint16) & 0x3FFF
+        return bits.view(ml_dtypes.bfloat16).reshape(leaf.shape)
+
+    params = jax.tree.map(draw, pretrained.param_shapes(config))
+    pretrained.save(folder, config, params, max_shard_bytes=10**9)
+
+
+def run(program: str, folder: str) -> dict:
+    """What a fresh process says of loading the folder."""
+    for file in pathlib.Path(folder).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            while stream.read(2**24):
+                pass
+    process = subprocess.run(
+        [sys.executable, "-c", program, folder],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def measure(config: DecoderConfig = LLAMA_1B, *, rounds: int = 5, seed: int) -> dict:
+    """The variants of the case `load`, and their ratios."""
+    programs = dict(PROGRAMS)
+    if importlib.util.find_spec("torch") is None:
+        del programs["transformers"]
+    found = {name: [] for name in programs}
+    with tempfile.TemporaryDirectory() as root:
+        folder = str(pathlib.Path(root) / "model")
+        write_random(folder, config, seed=seed)
+        for _ in range(rounds):
+            for name, program in programs.items():
+                found[name].append(run(program, folder))
+    variants = {name: _summary(results) for name, results in found.items()}
+    line = {"calls": rounds, "dtype": "bfloat16", "variants": variants}
+    if len(variants) > 1:
+        ours, theirs = variants.values()
+        line |= {
+            "time_ratio": round(theirs["median_seconds"] / ours["median_seconds"], 3),
+            "temp_bytes_ratio": round(theirs["peak_bytes"] / ours["peak_bytes"], 3),
+            "ratio_is": "transformers / pref_jax",
+        }
+    return line
+
+
+def _summary(results: list[dict]) -> dict:
+    def quantiles(key):
+        values = np.quantile([result[key] for result in results], [0.25, 0.5, 0.75])
+        return [round(float(value), 3) for value in values]
+
+    low, median, high = quantiles("seconds_touched")
+    kept, peak = (
+        max(result[key] for result in results) for key in ("kept_bytes", "peak_bytes")
+    )
+    return {
+        "shape": f"{kept / 2e9:.2f} 10^9 parameters",
+        "median_seconds": median,
+        "iqr_seconds": [low, high],
+        "median_seconds_returned": quantiles("seconds")[1],
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+        "peak_over_kept": round(peak / kept, 3),
+        "gigabytes_rate": round(kept / 1e9 / median, 3),
+    }
