@@ -45,7 +45,10 @@ setup(
             *("pytest", "pytest-xdist", "hypothesis", "ruff>=0.17,<0.18"),
             *("nbclient", "nbformat", "ipykernel"),
         ],
-        "parity": ["torch==2.13.0", "trl==1.16.0", "rlax==0.1.9", "scikit-learn"],
+        "parity": [
+            *("torch==2.13.0", "trl==1.16.0", "peft==0.21.2"),
+            *("rlax==0.1.9", "scikit-learn"),
+        ],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],  # runs on newer drivers too; cuda13 would not on older
     },
