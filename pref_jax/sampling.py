@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -130,8 +131,8 @@ def make_sampler(
             top_p=config.top_p,
         )
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        tokens = jax.vmap(jax.random.categorical)(keys, logits)
-        return tokens, _pick(jax.nn.log_softmax(logits), tokens)
+        tokens = jax.vmap(_draw)(keys, logits)
+        return tokens, _logps(logits, tokens)
 
     def sample(params, prompts, length, keys):
         num_prompts, num_samples = prompts.shape[0], config.num_samples
@@ -164,7 +165,7 @@ def make_sampler(
             )
             logits = soft_cap(logits, model.logit_softcap)
             tokens, behaviour = draw(logits, keys, step)
-            logps = _pick(jax.nn.log_softmax(logits), tokens)
+            logps = _logps(logits, tokens)
             live = ~samples.ended
 
             def put(into, values):
@@ -186,8 +187,31 @@ def make_sampler(
     return jax.jit(sample)
 
 
-def _pick(values, tokens):
-    return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
+def _blocks(logits):
+    """f32[..., V] as about sqrt(V) blocks, the last one filled up with -inf."""
+    size = 2 ** math.ceil(math.log2(logits.shape[-1]) / 2)
+    rest = [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % size)]
+    padded = jnp.pad(logits, rest, constant_values=-jnp.inf)
+    return padded.reshape(*logits.shape[:-1], -1, size)
+
+
+def _draw(key, logits):
+    """i32[K]: a token of each softmax(logits f32[K, V]).
+
+    A block of the vocabulary is drawn, then one of its tokens: that takes about
+    2 sqrt(V) random numbers, where Gumbel noise on all logits takes V.
+    """
+    of_block, of_token = jax.random.split(key)
+    blocks = _blocks(logits)
+    block = jax.random.categorical(of_block, jax.nn.logsumexp(blocks, axis=-1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * blocks.shape[-1] + jax.random.categorical(of_token, inside)
+
+
+def _logps(logits, tokens):
+    """f32[B, K]: log_softmax(logits f32[B, K, V]) of the tokens alone."""
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 def sample_responses(

@@ -64,7 +64,7 @@ def xla_attention(
     Returns:
       [G, L, H, head_dim] in the dtype of `query`. The softmax is float32.
     """
-    query, groups = _group_heads(query, key, scale)
+    query, groups = _group_heads(query, key.shape[-2], scale)
     logits = jnp.einsum(
         "gqhrd,gkhd->ghrqk", query, key, preferred_element_type=jnp.float32
     )
@@ -75,10 +75,9 @@ def xla_attention(
     return _ungroup_heads(out, groups)
 
 
-def _group_heads(query, key, scale):
+def _group_heads(query, num_kv_heads, scale):
     """Scaled query as [G, L, H_kv, H / H_kv, head_dim], and H."""
     num_heads, head_dim = query.shape[-2:]
-    num_kv_heads = key.shape[-2]
     if num_heads % num_kv_heads:
         raise ValueError(
             f"`query` has {num_heads} heads, which {num_kv_heads} key heads do not "
@@ -124,7 +123,7 @@ def blockwise_attention(
             cpu=functools.partial(attend, block=64),
             default=functools.partial(attend, block=512),
         )
-    query, num_heads = _group_heads(query, key, scale)
+    query, num_heads = _group_heads(query, key.shape[-2], scale)
     length = query.shape[1]
     block = min(block, length)
     padding = -length % block
@@ -301,9 +300,10 @@ def branch_attention(
 
     Args:
       query: [B, K, H, head_dim], of the token fed at `step`.
-      prompt_key: [B, P, H_kv, head_dim]: the prompt without its last token.
+      prompt_key: [B, H_kv, P, head_dim]: the prompt without its last token. Heads come
+        before positions, as the products read them: no step turns the cache round.
       prompt_value: as `prompt_key`.
-      key: [B, K, S, H_kv, head_dim]: the samples' own tokens, the prompt's last first.
+      key: [B, K, H_kv, S, head_dim]: the samples' own tokens, the prompt's last first.
       value: as `key`.
       prompt_length: i32[B]. Tokens of the prompt that are kept in `prompt_key`.
       step: i32[]. Own tokens 0..step are seen.
@@ -314,12 +314,12 @@ def branch_attention(
     Returns:
       [B, K, H, head_dim] in the dtype of `query`.
     """
-    query, num_heads = _group_heads(query, key, scale)
+    query, num_heads = _group_heads(query, key.shape[2], scale)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    shared = soft_cap(einsum("bkhrd,bphd->bkhrp", query, prompt_key), softcap)
-    own = soft_cap(einsum("bkhrd,bkshd->bkhrs", query, key), softcap)
-    prompt_index = jnp.arange(prompt_key.shape[1])
-    own_index = jnp.arange(key.shape[2])
+    shared = soft_cap(einsum("bkhrd,bhpd->bkhrp", query, prompt_key), softcap)
+    own = soft_cap(einsum("bkhrd,bkhsd->bkhrs", query, key), softcap)
+    prompt_index = jnp.arange(prompt_key.shape[2])
+    own_index = jnp.arange(key.shape[3])
     sees_prompt = prompt_index[None] < prompt_length[:, None]
     sees_own = own_index <= step
     if window is not None:
@@ -330,9 +330,9 @@ def branch_attention(
     own = jnp.where(sees_own[None, None, None, None], own, _MASKED)
     weights = jax.nn.softmax(jnp.concatenate([shared, own], axis=-1), axis=-1)
     weights = weights.astype(value.dtype)
-    num_prompt = prompt_key.shape[1]
-    out = jnp.einsum("bkhrp,bphd->bkhrd", weights[..., :num_prompt], prompt_value)
-    out += jnp.einsum("bkhrs,bkshd->bkhrd", weights[..., num_prompt:], value)
+    num_prompt = prompt_key.shape[2]
+    out = jnp.einsum("bkhrp,bhpd->bkhrd", weights[..., :num_prompt], prompt_value)
+    out += jnp.einsum("bkhrs,bkhsd->bkhrd", weights[..., num_prompt:], value)
     return _ungroup_heads(out, num_heads)
 
 

@@ -670,9 +670,9 @@ def _hidden(walk, config, params, tokens, position, end):
 
 
 def _init_cache(config, num_prompts, prompt_length, num_samples, num_steps):
-    heads = (config.num_kv_heads, config.head_dim)
-    prompt = (config.num_layers, num_prompts, prompt_length, *heads)
-    own = (config.num_layers, num_prompts, num_samples, num_steps, *heads)
+    layers, heads, head_dim = config.num_layers, config.num_kv_heads, config.head_dim
+    prompt = (layers, num_prompts, heads, prompt_length, head_dim)
+    own = (layers, num_prompts, num_samples, heads, num_steps, head_dim)
     return {
         "prompt": {name: jnp.zeros(prompt, config.dtype) for name in ("key", "value")},
         "own": {name: jnp.zeros(own, config.dtype) for name in ("key", "value")},
@@ -692,7 +692,8 @@ def _prefill(walk, config, params, tokens, length, cache):
 
         def attend(query, key, value, window):
             out = attention(query, key, value, position, end, window=window, **options)
-            return out, (carry, {"key": key, "value": value})
+            kept = {"key": key, "value": value}
+            return out, (carry, {k: x.swapaxes(1, 2) for k, x in kept.items()})
 
         return attend
 
@@ -708,7 +709,7 @@ def _decode(walk, config, params, tokens, length, step, cache):
         def attend(query, key, value, window):
             # The whole cache is the carry and is updated in place, one token a layer.
             new = {
-                name: own[name].at[layer, :, :, step].set(x)
+                name: own[name].at[layer, :, :, :, step].set(x)
                 for name, x in (("key", key), ("value", value))
             }
             out = attention_lib.branch_attention(

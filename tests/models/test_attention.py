@@ -127,7 +127,9 @@ def test_logits_of_bfloat16_states_are_float32():
         attend(query, key, value, *rows, scale=1.0)[0, 1]
         for attend in attention.IMPLEMENTATIONS.values()
     ]
-    prompt, own = (key[:, :1], value[:, :1]), (key[:, None, 1:], value[:, None, 1:])
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    prompt = key[:, :, :1], value[:, :, :1]
+    own = key[:, None, :, 1:], value[:, None, :, 1:]
     lengths = {"prompt_length": jnp.ones(1, int), "step": 0}
     step = attention.branch_attention(query[:, 1:], *prompt, *own, **lengths, scale=1.0)
     for out in (*found, step[0, 0]):
@@ -292,8 +294,9 @@ def test_a_decoding_step_equals_the_oracle(window):
     shared = rng.standard_normal((2, prompts, kept, kv_heads, HEAD_DIM))
     branch = rng.standard_normal((2, prompts, samples, own, kv_heads, HEAD_DIM))
     attend = jax.jit(attention.branch_attention, static_argnames="window")
+    cache = (*shared.swapaxes(2, 3), *branch.swapaxes(3, 4))  # heads first
     got = attend(
-        *(jnp.asarray(x, jnp.float32) for x in (query, *shared, *branch)),
+        *(jnp.asarray(x, jnp.float32) for x in (query, *cache)),
         prompt_length=lengths,
         step=jnp.asarray(step),
         window=window,
