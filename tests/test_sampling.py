@@ -179,12 +179,17 @@ class OneState:
         return jnp.ones((*tokens.shape, 1), jnp.bfloat16), cache
 
 
-def test_logps_of_bfloat16_states_are_float32():
-    greedy = SamplingConfig(max_new_tokens=1, temperature=0.0)
-    sampler = sampling.make_sampler(OneState(), greedy, end_ids=())
-    params = jnp.array([[1.0], [4.0]])
+def draw_from(logits, **options):
+    """Responses of one token, drawn from logits [V]."""
+    config = SamplingConfig(max_new_tokens=1, **options)
+    sampler = sampling.make_sampler(OneState(), config, end_ids=())
     keys = jax.random.split(jax.random.key(0), 1)
-    samples = sampler(params, np.zeros((1, 1), np.int32), np.ones(1, np.int32), keys)
+    prompt = (np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    return sampler(jnp.array(logits)[:, None], *prompt, keys)
+
+
+def test_logps_of_bfloat16_states_are_float32():
+    samples = draw_from([1.0, 4.0], temperature=0.0)
     expected = oracles.log_softmax([1.0, 4.0])[1]
     assert float(samples.logps[0, 0, 0]) == pytest.approx(expected, rel=1e-5)
 
@@ -195,11 +200,54 @@ def test_samples_of_a_prompt_differ_and_so_do_those_of_another_key(samples):
     assert (other.tokens != samples.tokens).any(axis=(1, 2)).all()
 
 
-def test_frequencies_match_the_distribution():
-    """Pearson's statistic of pairs of tokens, cells of fewer than 5 pooled.
+def p_value(counts, expected) -> float:
+    """Of Pearson's chi-squared test; cells in which fewer than 5 are expected are one.
 
-    Its mean is the number of cells less one, its deviation sqrt(2 * cells).
+    P(statistic > s) = gammaincc(freedom / 2, s / 2).
     """
+    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
+    assert counts.sum() == pytest.approx(expected.sum())  # nothing else was drawn
+    few = expected < 5
+    if few.any():
+        counts, expected = (
+            np.append(x[~few], x[few].sum()) for x in (counts, expected)
+        )
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(counts) - 1
+    return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
+
+
+def test_the_p_value_of_three_cells_is_an_exponential():
+    """Of two degrees of freedom: exp(-s / 2). Two cells of 3 are one of 6."""
+    got = p_value([12, 9, 0, 5], [10, 10, 3, 3])
+    statistic = 4 / 10 + 1 / 10 + 1 / 6
+    assert got == pytest.approx(np.exp(-statistic / 2), rel=1e-5)
+
+
+def test_frequencies_match_the_softmax_at_the_temperature():
+    """A quarter of a million draws tell temperature 1 from 1.02 and from 0.98."""
+    num = 2**18
+    config = SamplingConfig(num_samples=num, max_new_tokens=1)
+    samples = draw(config, PROMPTS[2:3], end_ids=(), batch_size=1, seed=4)
+    counts = np.bincount(samples.tokens.flatten(), minlength=37)
+    p_values = {}
+    for temperature in (1.0, 0.98, 1.02):
+        logps = oracles.log_softmax(next_logits(*PROMPTS[2]) / temperature)
+        p_values[temperature] = p_value(counts, num * np.exp(logps))
+    assert p_values[1.0] > 1e-3
+    assert max(p_values[0.98], p_values[1.02]) < 1e-3
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 9, 64, 129])
+def test_alike_tokens_are_drawn_alike_often(vocab_size):
+    """Of 64 as many blocks as tokens in a block: their draws are not one draw."""
+    samples = draw_from(np.zeros(vocab_size, np.float32), num_samples=2**14)
+    counts = np.bincount(samples.tokens.flatten())
+    expected = np.full(vocab_size, 2**14 / vocab_size)
+    assert vocab_size == 1 or p_value(counts, expected) > 1e-3
+
+
+def test_frequencies_of_pairs_match_the_filtered_distribution():
     config = dataclasses.replace(FILTERED, num_samples=2048, max_new_tokens=2, top_k=5)
     prompt = PROMPTS[2]
     samples = draw(config, [prompt], end_ids=(), batch_size=1, seed=3)
@@ -208,20 +256,14 @@ def test_frequencies_match_the_distribution():
     drawn = samples.tokens[0]
     options = dict(temperature=1.5, top_k=5, top_p=0.8)
     first = np.exp(oracles.filter_logits(next_logits(*prompt), **options))
-    expected, pooled = [], []
+    counts, expected = [], []
     for u in np.flatnonzero(first):
         second = oracles.filter_logits(next_logits(*prompt, int(u)), **options)
         for v in np.flatnonzero(np.isfinite(second)):
-            count = (drawn == (u, v)).all(-1).sum()
-            pair = (2048 * first[u] * np.exp(second[v]), count)
-            (expected if pair[0] >= 5 else pooled).append(pair)
-    cells = [*expected, tuple(np.sum(pooled, axis=0))] if pooled else expected
-    assert sum(count for _, count in cells) == 2048  # nothing else was drawn
-    assert len(cells) >= 8
-    statistic = sum((count - mean) ** 2 / mean for mean, count in cells)
-    freedom = len(cells) - 1
-    assert freedom - 3 * (2 * freedom) ** 0.5 < statistic
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+            counts.append((drawn == (u, v)).all(-1).sum())
+            expected.append(2048 * first[u] * np.exp(second[v]))
+    assert sum(mean >= 5 for mean in expected) >= 8
+    assert 1e-3 < p_value(counts, expected) < 0.999
 
 
 # --- the filter -----------------------------------------------------------------------
