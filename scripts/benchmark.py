@@ -18,6 +18,9 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
                   that takes it, of a model of 19 million parameters
     sampler       tokens per second of the sampler, K samples of a prompt kept once,
                   against the prompt repeated K times
+    generate      tokens per second of the sampler, K samples of ragged prompts, against
+                  `generate` of transformers with the same weights where torch is
+                  installed
     losses        every loss with its metrics and gradient, on [4096, 2] or [512, 32],
                   against TRL's same loss where it has one and torch is installed
     import        a fresh Python that imports `pref_jax.losses`, against one that
@@ -46,6 +49,7 @@ import optax
 import tyro
 
 import loss_variants
+import torch_generate
 from pref_jax import anchors, rewards
 from pref_jax.data import readers, rows, sources, templates, token_cache
 from pref_jax.data.records import Records, from_objects
@@ -189,8 +193,8 @@ def _ratio(a, b):
     return round(a / b, 3) if a and b else None
 
 
-def _model(config: Config):
-    sizes = DecoderConfig(
+def _sizes(config: Config) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=config.vocab_size,
         width=config.width,
         num_layers=config.num_layers,
@@ -200,7 +204,10 @@ def _model(config: Config):
         mlp_width=3 * config.width,
         dtype=config.dtype,
     )
-    model = make_decoder(sizes)
+
+
+def _model(config: Config):
+    model = make_decoder(_sizes(config))
     return model, jax.jit(model.init)(jax.random.key(config.seed))
 
 
@@ -566,6 +573,54 @@ def sampler(config: Config) -> list[Variant]:
     ]
 
 
+def generate(config: Config) -> list[Variant]:
+    """K samples of each of many prompts: our sampler, and transformers on torch."""
+    wide = _sizes(dataclasses.replace(config, width=2 * config.width))
+    # Tied and untrained, a model would repeat the prompt's last token.
+    sizes = dataclasses.replace(wide, tied=False)
+    model = make_decoder(sizes)
+    params = jax.jit(model.init)(jax.random.key(config.seed))
+    num_prompts, shortest, longest, num_samples, num_steps = 32, 64, 128, 4, 64
+    rng = np.random.default_rng(config.seed)
+    length = rng.integers(shortest, longest + 1, num_prompts).astype(np.int32)
+    drawn = rng.integers(1, config.vocab_size, (num_prompts, longest), np.int32)
+    prompts = [ids[:n] for ids, n in zip(drawn, length, strict=True)]
+    keys = jax.random.split(jax.random.key(config.seed), num_prompts)
+    arguments = (params, jnp.asarray(drawn), jnp.asarray(length), keys)
+    count = [{"tokens": num_prompts * num_samples * num_steps}]
+    million = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+    shape = (
+        f"{num_prompts} prompts of {shortest} to {longest}, {num_samples} x "
+        f"{num_steps}, {million:.1f} million parameters"
+    )
+
+    def sampler_of(num_samples, temperature):
+        settings = SamplingConfig(
+            num_samples=num_samples, max_new_tokens=num_steps, temperature=temperature
+        )
+        return make_sampler(model, settings, end_ids=())
+
+    ours = Variant("pref_jax", sampler_of(num_samples, 1.0), [arguments], count, shape)
+    torch_ids = torch_generate.make_generate(sizes, params, prompts, seed=config.seed)
+    if torch_ids is None:
+        return [ours]
+    greedy = sampler_of(1, 0.0)(*arguments).tokens
+    same = (np.asarray(greedy) == torch_ids(1, num_steps, greedy=True)).all((1, 2))
+    if same.mean() < 0.9:  # a near tie may part two texts, and not many
+        raise ValueError(f"{same.sum()} of {num_prompts} greedy responses are equal.")
+    return [
+        ours,
+        Variant(
+            "transformers",
+            torch_ids,
+            [(num_samples, num_steps)],
+            count,
+            f"torch, {same.sum()} of {num_prompts} greedy responses are ours",
+            host=True,
+        ),
+    ]
+
+
 def losses(config: Config) -> dict[str, list[Variant]]:
     """Each loss with its metrics and gradient, and TRL's where there is one."""
     trl = loss_variants.trl_losses()
@@ -608,6 +663,7 @@ CASES = {
     "tokenise": tokenise,
     "input": input_pipeline,
     "sampler": sampler,
+    "generate": generate,
     "losses": losses,
     "import": import_time,
 }

@@ -143,18 +143,17 @@ def benchmarks(records) -> str:
     for name, record in records.items():
         if not name.startswith("benchmark_") or "parts" in record:
             continue
-        first, second = record["variants"].items()
-        rates = [key for key in first[1] if key.endswith("_rate")]
+        ways = [f"{k} ({way['shape']})" for k, way in record["variants"].items()]
+        ratios = [record.get(key) for key in ("time_ratio", "temp_bytes_ratio")]
+        first = next(iter(record["variants"].values()))
+        rates = [key for key in first if key.endswith("_rate")]
         rows.append(
             [
                 record["name"],
-                f"{first[0]} ({first[1]['shape']})",
-                f"{second[0]} ({second[1]['shape']})",
-                f"{record['time_ratio']:.2f}",
-                "-"
-                if record["temp_bytes_ratio"] is None
-                else f"{record['temp_bytes_ratio']:.2f}",
-                ", ".join(f"{first[1][r]:.0f} {r[:-5]}/s" for r in rates),
+                ways[0],
+                ways[1] if ways[1:] else "not run",
+                *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                ", ".join(f"{first[rate]:.0f} {rate[:-5]}/s" for rate in rates),
                 record["environment"]["device"],
             ]
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import loss_variants
+import torch_generate
 from pref_jax import losses
 from scripts import benchmark
 
@@ -132,6 +133,12 @@ def test_a_case_of_many_parts_has_a_line_for_each(monkeypatch):
         assert part["variants"]["pref_jax"]["median_seconds"] > 0
         assert "time_ratio" not in part
     assert line["environment"]["versions"]["jax"] == jax.__version__
+
+
+def test_without_torch_the_sampler_is_measured_alone(monkeypatch):
+    monkeypatch.setattr(torch_generate.importlib.util, "find_spec", lambda name: None)
+    (ours,) = benchmark.generate(SMALL)
+    assert ours.name == "pref_jax" and ours.count == [{"tokens": 32 * 4 * 64}]
 
 
 def test_the_import_is_that_of_a_fresh_process():

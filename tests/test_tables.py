@@ -86,6 +86,21 @@ def test_an_unknown_table_is_named(tables):
         tables.rewrite(page, {}, "page.md")
 
 
+def test_a_case_of_one_way_says_that_the_other_was_not_run(tables):
+    way = {"shape": "[8]", "tokens_rate": 12.4}
+    record = {
+        "name": "generate",
+        "variants": {"ours": way},
+        "environment": {"device": "1 x cpu"},
+    }
+    table = tables.benchmarks({"benchmark_generate": record})
+    assert "| generate | ours ([8]) | not run | - | - | 12 tokens/s | 1 x" in table
+    record["variants"]["torch"] = {"shape": "[9]"}
+    both = record | {"time_ratio": 3.456, "temp_bytes_ratio": None}
+    table = tables.benchmarks({"benchmark_generate": both})
+    assert "| ours ([8]) | torch ([9]) | 3.46 | - | 12 tokens/s |" in table
+
+
 def test_the_table_of_data_sets_accounts_for_every_row(tables):
     source = {
         **{"source": "pairs/train", "responses": 2, "rows": 10, "used": 7},
