@@ -23,6 +23,8 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
                   installed
     losses        every loss with its metrics and gradient, on [4096, 2] or [512, 32],
                   against TRL's same loss where it has one and torch is installed
+    load          a checkpoint of 1.2 10^9 parameters in fresh processes, against the
+                  loader of transformers where torch is installed
     import        a fresh Python that imports `pref_jax.losses`, against one that
                   imports jax alone
 """
@@ -48,6 +50,7 @@ import numpy as np
 import optax
 import tyro
 
+import load_variants
 import loss_variants
 import torch_generate
 from pref_jax import anchors, rewards
@@ -175,7 +178,9 @@ def measure(name: str, variants: list[Variant], config: Config) -> dict:
 def measure_case(name: str, config: Config) -> dict:
     """The line of a case, or of a case of many parts."""
     found = CASES[name](config)
-    if isinstance(found, dict):
+    if "variants" in found:  # measured in processes of its own
+        line = {"name": name} | found
+    elif isinstance(found, dict):
         parts = [measure(part, variants, config) for part, variants in found.items()]
         line = {"name": name, "dtype": config.dtype, "parts": parts}
     else:
@@ -655,6 +660,11 @@ def import_time(config: Config) -> list[Variant]:
     ]
 
 
+def load(config: Config) -> dict:
+    """Fresh processes that load one folder."""
+    return load_variants.measure(seed=config.seed)
+
+
 CASES = {
     "scoring": scoring,
     "attention": attention,
@@ -665,6 +675,7 @@ CASES = {
     "sampler": sampler,
     "generate": generate,
     "losses": losses,
+    "load": load,
     "import": import_time,
 }
 

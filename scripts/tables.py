@@ -171,6 +171,30 @@ def benchmarks(records) -> str:
     return markdown(columns, rows)
 
 
+def loading(records) -> str:
+    """Time and memory of loading a checkpoint."""
+    record = records.get("benchmark_load")
+    if record is None:
+        return "not run\n"
+    rows = []
+    for name, way in record["variants"].items():
+        low, high = way["iqr_seconds"]
+        share = way["device_over_kept"]
+        rows.append(
+            [
+                name,
+                way["shape"],
+                f"{way['median_seconds']:.1f} [{low:.1f}, {high:.1f}]",
+                f"{way['kept_bytes'] / 1e9:.2f}",
+                f"{way['peak_over_kept']:.2f}",
+                "-" if share is None else f"{share:.3f}",
+            ]
+        )
+    columns = ["loader", "checkpoint", "seconds [quartiles]", "kept, GB"]
+    columns += ["peak / kept", "largest device / kept"]
+    return markdown(columns, rows)
+
+
 def loss_benchmarks(records) -> str:
     """Every loss with its gradient: alone, and TRL's time over ours."""
     record = records.get("benchmark_losses")
@@ -271,6 +295,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-models": quickstart_models,
     "quickstart-setting": quickstart_setting,
     "benchmarks": benchmarks,
+    "loading": loading,
     "loss-benchmarks": loss_benchmarks,
     "data-sets": data_sets,
     "mutants": mutants,

@@ -238,6 +238,39 @@ def test_chunked_statistics_equal_plain_ones_in_value_and_gradient(
     )
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_statistics_of_capped_logits_are_the_oracles_and_so_is_the_gradient(
+    states, chunk
+):
+    hidden, unembedding, targets, predict = states
+    cap = 1.5
+
+    def ours(hidden, unembedding):
+        arrays = (hidden, unembedding, targets, predict)
+        stats = logps.token_stats(
+            *arrays, want=logps.STATISTICS, chunk=chunk, softcap=cap
+        )
+        return mixed(stats), stats
+
+    both = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
+    (_, stats), grads = jax.jit(both)(hidden, unembedding)
+    wide = [x.astype(np.float64) for x in (hidden, unembedding)]
+    for g, p in zip(*np.nonzero(predict >= 0), strict=True):
+        i = predict[g, p]
+        logits = oracles.soft_cap(wide[1] @ wide[0][g, i], cap)
+        for name, value in oracles.token_stats(logits, targets[g, i]).items():
+            assert stats[name][g, p] == pytest.approx(value, rel=1e-5, abs=1e-5)
+    # Along one direction of both, by differences.
+    rng = np.random.default_rng(0)
+    steps = [1e-2 * rng.standard_normal(x.shape).astype("float32") for x in wide]
+    ends = [
+        ours(hidden + sign * steps[0], unembedding + sign * steps[1])[0]
+        for sign in (1, -1)
+    ]
+    slope = sum(np.vdot(g, s) for g, s in zip(grads, steps, strict=True))
+    assert float(ends[0] - ends[1]) / 2 == pytest.approx(float(slope), rel=2e-2)
+
+
 def test_a_statistic_asked_for_alone_is_the_oracles(states):
     hidden, unembedding, targets, predict = states
     alone = jax.jit(
@@ -608,7 +641,7 @@ class Bigram:
     """A model of which the logits of u after t are embedding[t] @ embedding[u]."""
 
     vocab_size: int
-    logit_softcap = None
+    logit_softcap: float | None = None
 
     def hidden(self, params, tokens, position, end):
         return params[tokens].astype(jnp.bfloat16)
@@ -623,6 +656,25 @@ def test_token_kl_of_bfloat16_states_is_reduced_in_float32():
     got = logps.token_kl(Bigram(2), params, batch, anchor_params=anchor_params)
     expected = oracles.kl_divergence([1.0, 4.0], [1.0, 1.0])
     np.testing.assert_allclose(got, np.where(batch.loss_mask, expected, 0), rtol=1e-5)
+
+
+def test_token_kl_is_that_of_capped_logits():
+    batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2, vocab_size=1), 40)
+    params, anchor_params = jnp.array([[1.0], [4.0]]), jnp.ones((2, 1))
+    model = Bigram(2, logit_softcap=2.0)
+    got = logps.token_kl(model, params, batch, anchor_params=anchor_params)
+    capped = [oracles.soft_cap(x, 2.0) for x in ([1.0, 4.0], [1.0, 1.0])]
+    expected = oracles.kl_divergence(*capped)
+    np.testing.assert_allclose(got, np.where(batch.loss_mask, expected, 0), rtol=1e-5)
+
+
+def test_scores_are_those_of_capped_logits():
+    batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2, vocab_size=1), 40)
+    params = jnp.array([[1.0], [4.0]])
+    got = logps.response_scores(Bigram(2, logit_softcap=2.0), params, batch)
+    expected = oracles.log_softmax(oracles.soft_cap([1.0, 4.0], 2.0))[0]
+    where = np.where(batch.loss_mask, expected, 0)
+    np.testing.assert_allclose(got.logp, where, rtol=1e-5)
 
 
 def has_loop(length, function, vocab_size, batch, **kwargs):

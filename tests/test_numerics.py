@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pref_jax.numerics import at_least_float32, exp_or_tangent
+from pref_jax.numerics import at_least_float32, exp_or_tangent, soft_cap
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,10 @@ def test_in_float32_value_and_the_squares_of_a_million_slopes_are_finite():
 def test_nan_and_minus_infinity_stay_what_they_are():
     assert np.isnan(exp_or_tangent(jnp.nan))
     assert exp_or_tangent(-jnp.inf) == 0.0
+
+
+def test_a_soft_cap_bounds_logits_and_leaves_small_ones():
+    x = jnp.array([-1e4, -3.0, 0.0, 1e-3, 3.0, 1e4])
+    expected = [-2.0, 2 * math.tanh(-1.5), 0.0, 1e-3, 2 * math.tanh(1.5), 2.0]
+    np.testing.assert_allclose(soft_cap(x, 2.0), expected, rtol=1e-5)
+    assert soft_cap(x, None) is x

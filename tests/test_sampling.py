@@ -164,7 +164,8 @@ def test_progress_counts_each_prompt_once():
 class OneState:
     """A model whose state is 1 everywhere: its parameters [V, 1] are the logits."""
 
-    logit_softcap = None
+    def __init__(self, logit_softcap=None):
+        self.logit_softcap = logit_softcap
 
     def init_cache(self, *sizes):
         return ()
@@ -191,6 +192,16 @@ def draw_from(logits, **options):
 def test_logps_of_bfloat16_states_are_float32():
     samples = draw_from([1.0, 4.0], temperature=0.0)
     expected = oracles.log_softmax([1.0, 4.0])[1]
+    assert float(samples.logps[0, 0, 0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_logps_of_samples_are_those_of_capped_logits():
+    greedy = SamplingConfig(max_new_tokens=1, temperature=0.0)
+    sampler = sampling.make_sampler(OneState(2.0), greedy, end_ids=())
+    keys = jax.random.split(jax.random.key(0), 1)
+    prompts, length = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    samples = sampler(jnp.array([[1.0], [4.0]]), prompts, length, keys)
+    expected = oracles.log_softmax(oracles.soft_cap([1.0, 4.0], 2.0))[1]
     assert float(samples.logps[0, 0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
