@@ -5,9 +5,14 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pref_jax.models import pretrained
+from pref_jax.models.decoder import DecoderConfig, make_decoder
+from scripts import convert_checkpoint
 
 TINY = (
     "--preset smoke --decoder.width 16 --decoder.num-layers 1 --decoder.mlp-width 16 "
@@ -130,6 +135,32 @@ def test_own_pairs_with_a_grade_have_a_true_reward(own_files, tmp_path, monkeypa
     assert record["results"]["models"]["DPO"]["reward"][0] < 0
 
 
+@pytest.mark.slow
+def test_adapters_on_a_model_end_as_a_folder_that_is_a_model_again(own_files, tmp_path):
+    """From a Hugging Face folder, over adapters, a stage and a conversion, to one."""
+    tokenizer = AutoTokenizer.from_pretrained(own_files / "tokenizer")
+    config = DecoderConfig(300, 16, 2, 2, 1, 8, 24, max_positions=256)
+    params = jax.jit(make_decoder(config).init)(jax.random.key(0))
+    pretrained.save(tmp_path / "base", config, params, tokenizer=tokenizer)
+    data = ("--data", own_files / "pairs.jsonl", "--sft.groups-per-step", 8)
+    adapters = ("--adapters", "--lora.rank", 2)
+    run = tmp_path / "runs/quickstart/001"
+    quickstart(tmp_path, *TINY, *data, "--model", "base", *adapters)
+    stage = json.loads((run / "DPO/model.json").read_text())
+    assert (stage["lora"]["rank"], stage["method"]) == (2, "DPO")
+    first = json.loads((run / "DPO/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert len(list((run / "tokenizer").iterdir())) > 1
+    convert_checkpoint.convert(
+        convert_checkpoint.Config(str(run / "DPO"), str(tmp_path / "out"))
+    )
+    _, trained = pretrained.load(tmp_path / "out")
+    moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), trained, params)
+    assert moved["blocks"]["0"]["mlp"]["up"] > 0 and moved["embedding"] == 0
+    # The stage is a model to start from as well.
+    quickstart(tmp_path, *TINY, *data, "--model", run / "DPO", "--name", "again")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +168,8 @@ def test_own_pairs_with_a_grade_have_a_true_reward(own_files, tmp_path, monkeypa
         (["--preset", "large"], "invalid choice: 'large'"),
         (["--tokenizer", "somewhere"], "belongs to `data`"),
         (["--cache", "elsewhere"], "`cache` belongs to `data`"),
+        (["--adapters"], "`adapters` and `max_positions` belong to `model`"),
+        (["--lora.rank", 4], "`lora` belongs to `adapters`; give --adapters too"),
         (["--on-error", "skip"], "`on_error` belongs to `data`"),
         (["--data", "pairs.jsonl"], "needs a tokenizer"),
         (["--beta", 0], "`beta` must be positive"),
