@@ -10,6 +10,7 @@ Whatever it is, what comes back is a config and plain parameters: adapters are m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -96,12 +97,7 @@ def load(
     kind = _kind(path)
     options = {"param_dtype": param_dtype, "max_positions": max_positions, **compute}
     if kind == _HF:
-        shardings = None
-        if mesh is not None:
-            config = pretrained.load_config(path, max_positions=max_positions)
-            has_head = pretrained.has_reward_head(path)
-            shapes = pretrained.param_shapes(config, has_head)
-            shardings = _shardings(mesh, shapes)
+        shardings = None if mesh is None else functools.partial(_shardings, mesh)
         return pretrained.load(path, shardings=shardings, **options)
     if kind == _ADAPTER:
         base = _peft_base(path)

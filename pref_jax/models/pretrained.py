@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,10 @@ def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
             ) from error
     tensors: dict[str, _Stored] = {}
     for name in files:
+        if pathlib.PurePath(name).name != name:
+            raise CheckpointFormatError(
+                f"{index} names the file {name!r}; all parts lie beside it."
+            )
         path = folder / name
         if not path.is_file():
             others = sorted(
@@ -354,7 +359,7 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
         bits = f"u{out.dtype.itemsize}"
         out, values = out.view(bits), values.view(bits)
     # Neighbouring axes that are one run in both are one axis.
-    shape, strides = [1], [0]
+    shape, strides = [1], [None]
     for size, stride in zip(values.shape, values.strides, strict=True):
         if strides[-1] == size * stride:
             shape[-1], strides[-1] = shape[-1] * size, stride
@@ -382,7 +387,7 @@ def _copy_strips(out, values):
 def load(
     path: str,
     *,
-    shardings: PyTree = None,
+    shardings: Callable[[PyTree], PyTree] | None = None,
     param_dtype: str = "float32",
     max_positions: int | None = None,
     **compute,
@@ -398,8 +403,8 @@ def load(
         `model.safetensors.index.json` names. Of a multimodal model (Gemma 3, Mistral
         Small 3.1) the text part is read. A reward model
         (`AutoModelForSequenceClassification` with one label) is read with its head.
-      shardings: the sharding of each parameter, in the layout of the parameters
-        (`train.sharding.model_shardings`). None: arrays of NumPy on the host.
+      shardings: shapes of the parameters -> the sharding of each, as
+        `model_folders.load` makes them of a mesh. None: arrays of NumPy on the host.
       param_dtype: of the parameters: float32 to train them, bfloat16 to keep them.
       max_positions: as in `load_config`.
       **compute: fields of `DecoderConfig` that say how to compute: `dtype`, `attention`
@@ -435,10 +440,19 @@ def load(
         _check_tied_copy(reader)
     dtype = np.dtype(jnp.dtype(param_dtype))
 
-    def read(key_path, leaf, sharding):
-        place = find_place(family, config, _path_name(key_path))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    places = [find_place(family, config, _path_name(path)) for path, _ in leaves]
+    for place in places:
         for tensor in place.tensors:
             reader.find(tensor)
+    surplus = sorted(reader.unread)
+    if surplus:
+        raise CheckpointFormatError(
+            f"{path} has {len(surplus)} tensors that the config does not speak of, "
+            f"first {surplus[0]}."
+        )
+
+    def read(place, leaf, sharding):
         if sharding is None:
             return reader.read(place, (slice(None),) * len(leaf.shape), dtype)
         parts: dict = {}  # devices that hold the same part share one read
@@ -452,31 +466,14 @@ def load(
         array = jax.make_array_from_callback(leaf.shape, sharding, part)
         return array.block_until_ready()
 
-    if shardings is None:
-        shardings = jax.tree.map(lambda leaf: None, shapes)
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    placed = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
-    if len(leaves) != len(placed):
-        raise ValueError(
-            f"`shardings` has {len(placed)} leaves; the parameters have {len(leaves)}."
-        )
+    placed = [None] * len(leaves)
+    if shardings is not None:
+        placed = structure.flatten_up_to(shardings(shapes))
     values = [
-        read(key_path, leaf, sharding)
-        for (key_path, leaf), sharding in zip(leaves, placed, strict=True)
+        read(place, leaf, sharding)
+        for place, (_, leaf), sharding in zip(places, leaves, placed, strict=True)
     ]
-    surplus = sorted(reader.unread)
-    if surplus:
-        raise CheckpointFormatError(
-            f"{path} has {len(surplus)} tensors that the config does not speak of, "
-            f"first {surplus[0]}."
-        )
-    return config, jax.tree.unflatten(jax.tree.structure(shapes), values)
-
-
-def has_reward_head(path: str) -> bool:
-    """Whether a Hugging Face folder is one of a reward model."""
-    family, _ = _read_fields(path)
-    return family.tensor("reward_head").name in _stored_tensors(pathlib.Path(path))
+    return config, jax.tree.unflatten(structure, values)
 
 
 def param_shapes(config: DecoderConfig, is_reward_model: bool = False) -> PyTree:

@@ -3,6 +3,7 @@
 That a loaded model computes what torch computes is shown in `test_golden_llama.py`.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from pref_jax.data.templates import TextEncoder, check_vocabulary, load_tokenizer
@@ -168,6 +170,45 @@ def test_a_written_copy_of_tied_weights_and_rotary_frequencies_are_read(tmp_path
     assert_trees_equal(same, params)
 
 
+def test_each_device_reads_its_part_alone_and_once(checkpoint, monkeypatch):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    read, sizes = pretrained._Reader.read, []
+
+    def counted(self, place, index, dtype):
+        out = read(self, place, index, dtype)
+        sizes.append((place.tensors[0].name, out.size))
+        return out
+
+    def shardings(shapes):
+        def of(leaf):
+            last = "x" if leaf.ndim > 1 and leaf.shape[-1] % 4 == 0 else None
+            spec = (None,) * (leaf.ndim - 1) + (last,)
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(of, shapes)
+
+    monkeypatch.setattr(pretrained._Reader, "read", counted)
+    _, params = pretrained.load(checkpoint.folder, shardings=shardings)
+    monkeypatch.undo()
+    name = "model.layers.0.mlp.up_proj.weight"
+    up = params["blocks"]["0"]["mlp"]["up"]
+    assert [size for n, size in sizes if n == name] == [up.size // 4] * 4
+    assert {s.data.size for s in up.addressable_shards} == {up.size // 4}
+    assert_trees_equal(jax.device_get(params), pretrained.load(checkpoint.folder)[1])
+
+
+@pytest.mark.parametrize("shape", [(33, 50), (3, 40, 17), (1, 1), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_copy_in_strips_is_a_copy(shape, dtype):
+    values = np.random.default_rng(0).normal(size=shape).astype(jnp.bfloat16)
+    for axes in itertools.permutations(range(len(shape))):
+        view = values.transpose(axes)
+        for part in (view, view[1:], view[..., ::2]):
+            out = np.empty(part.shape, dtype)
+            pretrained._copy(out, part)
+            np.testing.assert_array_equal(out, part.astype(dtype))
+
+
 SCALED = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 300.0}
 PARTIAL = {"rope_theta": 300.0, "partial_rotary_factor": 0.5}
 CONFIG_ERRORS = [
@@ -264,6 +305,14 @@ def test_a_missing_part_is_an_error(checkpoint):
 def test_an_index_that_maps_nothing_is_an_error(checkpoint, text):
     (checkpoint.folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointFormatError, match="index.json does not map tensors"):
+        pretrained.load(checkpoint.folder)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_an_error(checkpoint):
+    index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
+    path = checkpoint.folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointFormatError, match="names the file '../other.safete"):
         pretrained.load(checkpoint.folder)
 
 
