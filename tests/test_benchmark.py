@@ -26,6 +26,7 @@ def _short_rows(monkeypatch):
     )
 
 
+@pytest.mark.slow  # two steps of the size of a measurement
 def test_a_step_on_rows_is_the_step_on_padded_pairs():
     rows, padded = benchmark.dpo_pairs(SMALL)
     assert rows.count == padded.count

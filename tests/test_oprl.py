@@ -357,6 +357,7 @@ def params_of_both():
     return jax.tree.map(lambda x, y: x + 0.1 * y, acting, other), acting
 
 
+@pytest.mark.slow  # on a decoder; arrays alone do the same in a moment
 @pytest.mark.usefixtures("quick_compiles")
 def test_the_gradient_in_two_passes_over_turns_is_that_of_whole_episodes():
     """First pass: scores without gradient. Second: turns, each with a coefficient."""

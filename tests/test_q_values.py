@@ -304,6 +304,7 @@ class Bigram:
     """A model of which the logits of u after t are embedding[t] @ embedding[u]."""
 
     vocab_size: int
+    logit_softcap: float | None = None
 
     def hidden(self, params, tokens, position, end):
         return params[tokens]
@@ -312,14 +313,19 @@ class Bigram:
         return params
 
 
-@pytest.mark.parametrize("chunk", [None, 2, 100])
-def test_chunks_change_no_value(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "softcap"), [(None, None), (2, None), (100, None), (2, 1.5)]
+)
+def test_chunks_change_no_value(chunk, softcap):
     groups = fixtures.random_groups(0, 5, 2)
     batch = fixtures.pack_all(groups, 40, rows_multiple=2, spare_groups=1)
     params = jnp.asarray(np.random.default_rng(0).normal(size=(37, 3)), jnp.float32)
-    model = Bigram(37)
+    model = Bigram(37, softcap)
     got = q_values.response_values(model, params, batch, beta=0.5, chunk=chunk)
-    all_logits = 0.5 * np.asarray(params) @ np.asarray(params).T
+    all_logits = np.asarray(params) @ np.asarray(params).T
+    if softcap is not None:
+        all_logits = softcap * np.tanh(all_logits / softcap)
+    all_logits *= 0.5
     values = np.log(np.exp(2 * all_logits).sum(-1)) / 2
     for b, k in np.ndindex(batch.valid.shape):
         if not batch.valid[b, k]:

@@ -108,6 +108,7 @@ def test_a_finished_run_is_kept_and_the_next_gets_a_new_name(world_run):
     assert (folder / "runs/quickstart/001/record.json").read_bytes() == before
 
 
+@pytest.mark.slow  # the world runs the same stages
 def test_own_pairs_with_a_fresh_decoder(own_files, tmp_path):
     quickstart(
         tmp_path,

@@ -156,6 +156,7 @@ def train_reward_model(folder, config, params, groups, heldout, *, num_steps, ra
     return trained, before, after
 
 
+@pytest.mark.slow  # sixty steps
 def test_bradley_terry_learns_which_token_is_preferred(tmp_path):
     """Chosen responses hold token 5 and rejected ones token 6, in any place."""
 
