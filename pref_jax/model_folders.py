@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 
@@ -58,7 +59,7 @@ def load_config(path: str, *, max_positions: int | None = None) -> DecoderConfig
 
     Args:
       path: of any of the three kinds.
-      max_positions: as in `models.pretrained.load_config`; of a Hugging Face folder.
+      max_positions: as in `models.pretrained.load_config`.
 
     Raises:
       CheckpointFormatError: it is no such folder, or as `pretrained.load_config`.
@@ -68,7 +69,7 @@ def load_config(path: str, *, max_positions: int | None = None) -> DecoderConfig
         return pretrained.load_config(path, max_positions=max_positions)
     if kind == _ADAPTER:
         return load_config(_peft_base(path), max_positions=max_positions)
-    return decoder.from_description(_description(path)["decoder"])
+    return _stage_config(pathlib.Path(path), max_positions)
 
 
 def load(
@@ -102,7 +103,9 @@ def load(
     if kind == _ADAPTER:
         base = _peft_base(path)
         config, params = load(base, mesh=mesh, **options)
-        lora_config, trained = lora.load_peft(path, config, base=base)
+        lora_config, trained = lora.load_peft(path, config, base=hf_origin(base))
+        if mesh is not None:
+            trained = jax.device_put(trained, _shardings(mesh, trained))
         return config, lora.merge(params, trained, lora_config)
     return _load_stage(pathlib.Path(path), mesh, options)
 
@@ -116,11 +119,38 @@ def tokenizer_folder(path: str) -> str:
     return path if kind == _HF or own else tokenizer_folder(_peft_base(path))
 
 
-def base_identity(path: str, params: PyTree) -> dict[str, str]:
-    """What checkpoints of adapters say of their base: its path, its hash, its type."""
-    dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
-    resolved = str(pathlib.Path(path).resolve())
-    return {"path": resolved, "hash": params_identity(params), "dtype": dtype}
+def base_identity(path: str, *, dtype: str = "float32") -> dict[str, str]:
+    """What checkpoints of adapters say of their base: its path, its hash, its type.
+
+    The hash is that of what is stored: of files, or of what a stage trained and of the
+    base below it. Merged products, which differ in their last bits from mesh to mesh,
+    are not in it.
+
+    Args:
+      path: of any of the three kinds.
+      dtype: that the base is held in while adapters are trained on it.
+    """
+    resolved = pathlib.Path(path).resolve()
+    return {"path": str(resolved), "hash": _hash(resolved), "dtype": dtype}
+
+
+def _hash(folder: pathlib.Path) -> str:
+    kind = _kind(str(folder))
+    digest = hashlib.sha256(kind.encode())
+    if kind == _STAGE:
+        digest.update(params_identity(_restore_trained(folder, None)).encode())
+        base = _base_of_stage(folder)
+        below = base and base["path"]
+    else:
+        for file in sorted(
+            (*folder.glob("*config.json"), *folder.glob("*.safetensors"))
+        ):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        below = _peft_base(folder) if kind == _ADAPTER else None
+    if below:
+        digest.update(_hash(pathlib.Path(below)).encode())
+    return digest.hexdigest()
 
 
 def hf_origin(path: str) -> str | None:
@@ -191,7 +221,9 @@ def _run_config(stage_folder: pathlib.Path) -> dict:
 
 
 def _last_validation(folder: pathlib.Path) -> dict[str, float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    path = folder / "metrics.jsonl"
+    # A killed run may have left half a line.
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     found = [json.loads(line) for line in lines]
     measured = [
         {k: v for k, v in line.items() if k.startswith("validation/")} for line in found
@@ -200,18 +232,35 @@ def _last_validation(folder: pathlib.Path) -> dict[str, float]:
 
 
 def _peft_base(path) -> str:
-    settings = json.loads((pathlib.Path(path) / "adapter_config.json").read_text())
-    base = settings.get("base_model_name_or_path")
-    if base is None or not pathlib.Path(base).is_dir():
+    named = lora.read_settings(path).get("base_model_name_or_path")
+    folder = pathlib.Path(named or "").expanduser()
+    # From where we are, or from where the adapter lies.
+    found = [f for f in (folder, pathlib.Path(path) / folder) if named and f.is_dir()]
+    if not found or found[0].resolve() == pathlib.Path(path).resolve():
         raise CheckpointFormatError(
-            f"{path}/adapter_config.json names the base {base!r}, which is no folder "
-            f"here. Put the base's path there."
+            f"{path}/adapter_config.json names the base {named!r}, which is no folder "
+            f"of a model here. Put the base's path there."
         )
-    return base
+    return str(found[0])
 
 
 def _description(path) -> dict:
-    return json.loads((pathlib.Path(path) / stage.MODEL_FILE).read_text())
+    file = pathlib.Path(path) / stage.MODEL_FILE
+    try:
+        found = json.loads(file.read_text())
+        decoder.from_description(found["decoder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointFormatError(
+            f"{file} does not describe a decoder: {error!r}."
+        ) from error
+    return found
+
+
+def _stage_config(folder: pathlib.Path, max_positions: int | None) -> DecoderConfig:
+    config = decoder.from_description(_description(folder)["decoder"])
+    if max_positions is None:
+        return config  # as it was trained
+    return pretrained.with_max_positions(config, max_positions)
 
 
 def _shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
@@ -221,7 +270,10 @@ def _shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
 def _chosen_step(folder: pathlib.Path) -> int | None:
     """The best checkpoint of a finished stage that has one; None: the last."""
     done = folder / loop.DONE_FILE
-    return json.loads(done.read_text())["best_step"] if done.is_file() else None
+    try:
+        return json.loads(done.read_text())["best_step"] if done.is_file() else None
+    except (ValueError, KeyError) as error:
+        raise CheckpointFormatError(f"{done} cannot be read: {error!r}") from error
 
 
 def _base_of_stage(folder: pathlib.Path) -> dict[str, str] | None:
@@ -248,10 +300,9 @@ def _restore_trained(folder: pathlib.Path, mesh: Mesh | None) -> PyTree:
 
 def _load_stage(folder: pathlib.Path, mesh, options):
     description = _description(folder)
-    config = decoder.from_description(description["decoder"])
+    config = _stage_config(folder, options.pop("max_positions"))
     dtype = jnp.dtype(options.pop("param_dtype"))
-    longest = options.pop("max_positions") or config.max_positions
-    config = dataclasses.replace(config, max_positions=longest, **options)
+    config = dataclasses.replace(config, **options)
     params, base = _restore_trained(folder, mesh), _base_of_stage(folder)
     if base is not None:
         params = _on_base(folder, base, description["lora"], params, mesh)
@@ -264,12 +315,12 @@ def _on_base(folder, base, lora_values, trained, mesh):
             f"the adapters of {folder} stand on {base['path']}, which is no folder "
             f"here. Put the base back there."
         )
-    _, params = load(base["path"], mesh=mesh, param_dtype=base["dtype"])
-    if params_identity(params) != base["hash"]:
+    if _hash(pathlib.Path(base["path"])) != base["hash"]:
         raise CheckpointFormatError(
             f"the adapters of {folder} stand on {base['path']}, which has changed: its "
             f"hash is not {base['hash']}."
         )
+    _, params = load(base["path"], mesh=mesh, param_dtype=base["dtype"])
     return lora.merge(params, trained, _lora_config(lora_values))
 
 

@@ -103,7 +103,7 @@ def filter_logits(logits, *, temperature: float, top_k: int | None, top_p: float
 
 def make_sampler(
     model: Model, config: SamplingConfig, *, end_ids: Sequence[int]
-) -> Callable[..., Samples]:
+) -> Sampler:
     """A compiled sampler of a model.
 
     Args:
@@ -184,7 +184,28 @@ def make_sampler(
         carry = (jnp.zeros((), jnp.int32), first, cache, samples)
         return jax.lax.while_loop(unfinished, one_token, carry)[-1]
 
-    return jax.jit(sample)
+    longest = model.max_positions
+    return Sampler(
+        jax.jit(sample), None if longest is None else longest - config.max_new_tokens
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A compiled sampler, and what it can take.
+
+    Attributes:
+      draw: (params, prompts i32[B, P], length i32[B], keys key[B]) -> Samples.
+      longest_prompt: tokens of a prompt that leave room for a whole response in what
+        the model is made for; None: any number.
+    """
+
+    draw: Callable[..., Samples]
+    longest_prompt: int | None
+
+    def __call__(self, params, prompts, length, keys) -> Samples:
+        """`draw`; lengths, which may be traced, are not checked."""
+        return self.draw(params, prompts, length, keys)
 
 
 def _blocks(logits):
@@ -215,7 +236,7 @@ def _logps(logits, tokens):
 
 
 def sample_responses(
-    sampler: Callable[..., Samples],
+    sampler: Sampler,
     params,
     prompts: Sequence[np.ndarray],
     *,
@@ -237,13 +258,21 @@ def sample_responses(
       `Samples` of host arrays, in the order of the prompts.
 
     Raises:
-      ValueError: there are no prompts, or one is empty.
+      ValueError: there are no prompts, one is empty, or one leaves no room for a whole
+        response.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or lengths.min() < 1:
         raise ValueError(
             f"sampling needs prompts of at least one token (a BOS will do); got "
             f"{len(lengths)} prompts, {int((lengths < 1).sum())} of them empty."
+        )
+    most = sampler.longest_prompt
+    if most is not None and lengths.max() > most:
+        raise ValueError(
+            f"the model has room for prompts of {most} tokens before a whole response; "
+            f"{int((lengths > most).sum())} of {len(lengths)} are longer, up to "
+            f"{lengths.max()}. Leave them out, or draw fewer new tokens."
         )
     width = -(-lengths.max() // 8) * 8  # few widths, few compilations
     padded = np.zeros((len(prompts), width), np.int32)

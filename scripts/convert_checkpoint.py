@@ -54,15 +54,21 @@ def convert(config: Config) -> pathlib.Path:
     """Write the folder that a config asks for; returns its path."""
     if config.adapters:
         return model_folders.export_adapters(config.model, config.out)
-    found, params = model_folders.load(config.model)
+    pretrained.check_new(config.out)  # before anything is read
     folder = config.tokenizer or model_folders.tokenizer_folder(config.model)
+    tokenizer = None
+    if config.tokenizer or (pathlib.Path(folder) / "tokenizer.json").is_file():
+        tokenizer = templates.load_tokenizer(folder)
+    else:
+        _logger.warning("%s has no tokenizer; none is written", folder)
+    found, params = model_folders.load(config.model)
     return pretrained.save(
         config.out,
         found,
         params,
         like=model_folders.hf_origin(config.model),
         family=config.family,
-        tokenizer=templates.load_tokenizer(folder),
+        tokenizer=tokenizer,
         card=model_folders.card(config.model),
         dtype=config.dtype,
         max_shard_bytes=int(config.max_shard_gb * 1e9),

@@ -76,9 +76,20 @@ def made(tmp_path_factory):
         params=trained,
         anchor=(),
         frozen=frozen,
-        base=model_folders.base_identity(root / "base", frozen),
+        base=model_folders.base_identity(root / "base"),
     )
-    merged = jax.device_get(lora.merge(frozen, trained, LORA))
+    merged = lora.merge(frozen, trained, LORA)
+    # Adapters on what adapters made, whose base is that stage.
+    frozen, trained = lora.split(merged, LORA, jax.random.key(1))
+    train(
+        root / "run" / "again",
+        model=lora.adapted(tiny_stage.MODEL, LORA),
+        params=trained,
+        anchor=(),
+        frozen=frozen,
+        base=model_folders.base_identity(root / "run" / "adapters"),
+    )
+    merged = jax.device_get(merged)
     return Folders(root, params, merged, jax.device_get(plain))
 
 
@@ -123,7 +134,7 @@ def test_a_hugging_face_folder_is_read_and_so_is_an_adapter(made, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["base", "run/full", "run/adapters"])
+@pytest.mark.parametrize("name", ["base", "run/full", "run/adapters", "run/again"])
 def test_on_a_mesh_every_device_holds_its_part(made, name):
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2, devices=jax.devices()[:8])
     _, params = model_folders.load(made.root / name, mesh=mesh)
@@ -135,6 +146,35 @@ def test_on_a_mesh_every_device_holds_its_part(made, name):
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
         *jax.device_get((params, alone)),
     )
+
+
+def test_a_stage_reads_texts_of_another_length_where_it_can(made, folders):
+    stage = folders.run / "full"
+    assert model_folders.load_config(stage, max_positions=7).max_positions == 7
+    assert model_folders.load(stage, max_positions=7)[0].max_positions == 7
+    path = stage / "model.json"
+    values = json.loads(path.read_text())
+    values["decoder"] |= {"learned_positions": 9, "max_positions": 9}
+    path.write_text(json.dumps(values))
+    assert model_folders.load_config(stage, max_positions=8).max_positions == 8
+    with pytest.raises(
+        ValueError, match="can be at most 9, the number of `learned_pos"
+    ):
+        model_folders.load_config(stage, max_positions=10)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("model.json", "{", "model.json does not describe a decoder: JSONDecodeError"),
+        ("model.json", "{}", "model.json does not describe a decoder: KeyError"),
+        ("done.json", "", "done.json cannot be read: JSONDecodeError"),
+    ],
+)
+def test_a_spoilt_stage_says_which_file(folders, file, text, message):
+    (folders.run / "full" / file).write_text(text)
+    with pytest.raises(CheckpointFormatError, match=message):
+        model_folders.load(folders.run / "full")
 
 
 def test_the_tokenizer_is_that_of_the_folder_run_or_base(made):
@@ -177,7 +217,7 @@ def test_what_is_no_model_says_what_would_be_one(made, tmp_path):
     ):
         model_folders.load(tmp_path)
     with pytest.raises(
-        CheckpointFormatError, match="a run of the stages adapters, full"
+        CheckpointFormatError, match="a run of the stages adapters, again, f"
     ):
         model_folders.load_config(made.run)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
@@ -227,6 +267,13 @@ def test_adapters_are_written_by_themselves(made, tmp_path):
         CheckpointFormatError, match="is no stage of a run with adapters"
     ):
         convert(made.run / "full", tmp_path / "b", adapters=True)
+
+
+def test_adapters_on_a_stage_have_no_base_that_peft_could_open(made, tmp_path):
+    with pytest.raises(CheckpointFormatError, match="adapters, which is no Hugging Fa"):
+        convert(made.run / "again", tmp_path / "a", adapters=True)
+    with pytest.raises(FileExistsError, match="is not empty; save into a new folder"):
+        convert(made.run / "again", made.base)
 
 
 def test_types_and_parts_are_as_asked(made, tmp_path):

@@ -164,6 +164,8 @@ def test_progress_counts_each_prompt_once():
 class OneState:
     """A model whose state is 1 everywhere: its parameters [V, 1] are the logits."""
 
+    max_positions = None
+
     def __init__(self, logit_softcap=None):
         self.logit_softcap = logit_softcap
 
@@ -203,6 +205,18 @@ def test_logps_of_samples_are_those_of_capped_logits():
     samples = sampler(jnp.array([[1.0], [4.0]]), prompts, length, keys)
     expected = oracles.log_softmax(oracles.soft_cap([1.0, 4.0], 2.0))[1]
     assert float(samples.logps[0, 0, 0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_prompt_without_room_for_a_response_is_an_error():
+    model = OneState()
+    model.max_positions = 9
+    sampler = sampling.make_sampler(model, SamplingConfig(max_new_tokens=4), end_ids=())
+    prompts = [np.zeros(n, np.int32) for n in (3, 5, 6, 7)]
+    options = {"key": jax.random.key(0), "batch_size": 2}
+    drawn = sampling.sample_responses(sampler, jnp.ones((3, 1)), prompts[:2], **options)
+    assert drawn.tokens.shape == (2, 1, 4)
+    with pytest.raises(ValueError, match="prompts of 5 tokens .* 2 of 4 are longer"):
+        sampling.sample_responses(sampler, jnp.ones((3, 1)), prompts, **options)
 
 
 def test_samples_of_a_prompt_differ_and_so_do_those_of_another_key(samples):

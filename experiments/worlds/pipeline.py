@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,8 +37,6 @@ from pref_jax.train.stage import StageConfig, train_stage
 from pref_jax.types import Model, PyTree, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
-
-_ADAPTER_USE = 1000  # the draw of new adapters, apart from those of samples
 
 Grade = Callable[[object, str], dict[str, float]]
 """(prompt, response) -> parts of the true reward by name, "reward" among them."""
@@ -196,9 +195,12 @@ class Pipeline:
                 raise ValueError(
                     f"stage {name} trains adapters, which need a base: give --model."
                 )
-            base = model_folders.base_identity(start, params)
+            dtype = jax.tree.leaves(params)[0].dtype.name
+            base = model_folders.base_identity(start, dtype=dtype)
             model = lora.adapted(model, self.lora)
-            key = jax.random.fold_in(jax.random.key(self.seed), _ADAPTER_USE)
+            # Each stage's own, apart from the draws of samples.
+            use = zlib.crc32(f"adapters of {name}".encode())
+            key = jax.random.fold_in(jax.random.key(self.seed), use)
             frozen, params = lora.split(params, self.lora, key)
         trained, fitted = train_stage(
             name,

@@ -152,7 +152,7 @@ class DecoderConfig:
     attention_scale: float | None = None  # of the logits; None: head_dim ** -0.5
     attention_softcap: float | None = None  # bound of attention's logits
     logit_softcap: float | None = None  # bound of the logits over the vocabulary
-    learned_positions: bool = False  # a vector for each of max_positions
+    learned_positions: int = 0  # vectors, one for each position; 0: none
     tied: bool = True  # unembedding = embedding
     embedding_scale: float = 1.0  # what the embedding of a token is multiplied by
     max_positions: int | None = None  # longest text that it is made for; None: any
@@ -167,9 +167,11 @@ class DecoderConfig:
                 raise ValueError(f"`{name}` must be at least 1; got {self}.")
         if self.max_positions is not None and self.max_positions < 1:
             raise ValueError(f"`max_positions` must be at least 1; got {self}.")
-        if self.learned_positions and self.max_positions is None:
+        longest = self.max_positions or math.inf
+        if self.learned_positions and longest > self.learned_positions:
             raise ValueError(
-                "`learned_positions` are `max_positions` vectors; got None of them."
+                f"`max_positions` can be at most {self.learned_positions}, the number "
+                f"of `learned_positions`; got {self.max_positions}."
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -496,7 +498,7 @@ class Decoder(nnx.Module):
         self.positions = (
             _normal(
                 rngs,
-                (config.max_positions, config.width),
+                (config.learned_positions, config.width),
                 0.1 * config.embedding_scale * config.width**-0.5,
             )
             if config.learned_positions
@@ -537,7 +539,9 @@ class Decoder(nnx.Module):
         x = self.embedding[...][tokens].astype(jnp.float32)
         x *= self.config.embedding_scale
         if self.positions is not None:
-            x += self.positions[...][position].astype(jnp.float32)
+            # NaN, not the last one, where there is none.
+            learned = jnp.take(self.positions[...], position, axis=0, mode="fill")
+            x += learned.astype(jnp.float32)
         x = x.astype(self.config.dtype)
         period = len(self.config.period)
         kept = []
@@ -606,7 +610,7 @@ def make_decoder(config: DecoderConfig) -> Model:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     # Lookups cost nothing; the unembedding does, tied or not.
     free = 0 if config.tied else config.vocab_size * config.width
-    free += config.max_positions * config.width if config.learned_positions else 0
+    free += config.learned_positions * config.width
     return Model(
         init=lambda key: nnx.to_pure_dict(nnx.state(_build(config, key))),
         hidden=functools.partial(_hidden, walk, config),
@@ -683,8 +687,8 @@ def _prefill(walk, config, params, tokens, length, cache):
     attention = attention_lib.IMPLEMENTATIONS[config.attention]
     options = _attention_options(config)
     index = jnp.arange(tokens.shape[1])
-    position = jnp.broadcast_to(index, tokens.shape)
     # Padding sees and is seen by itself alone; `length` hides it from the samples.
+    position = jnp.where(index[None] < length[:, None], index[None], 0)
     end = jnp.where(index[None] < length[:, None], length[:, None], index[None] + 1)
 
     def make_attend(carry, layer):

@@ -91,7 +91,7 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "f": config.head_dim,
         "m": config.mlp_width,
         "v": config.vocab_size,
-        "p": config.max_positions or 0,
+        "p": config.learned_positions,
         "o": 1,
     }
 
@@ -165,7 +165,10 @@ def _need(config, **values) -> None:
             )
 
 
-def _read_rotary(rope: Mapping, *, config, partial: bool = False) -> Rotary:
+def _read_rotary(
+    rope: Mapping, *, config, partial: bool = False, stretched: bool = False
+) -> Rotary:
+    """A rotary embedding; only some families compute partial ones and LongRoPE."""
     kind = rope.get("rope_type", "default")
     old = rope.get("original_max_position_embeddings")
     if kind == "default":
@@ -179,7 +182,7 @@ def _read_rotary(rope: Mapping, *, config, partial: bool = False) -> Rotary:
             high=float(rope["high_freq_factor"]),
             old_positions=old,
         )
-    elif kind == "longrope":
+    elif kind == "longrope" and stretched:
         new = config.max_position_embeddings
         ratio = rope.get("factor") or new / old
         amplitude = rope.get("attention_factor")
@@ -195,8 +198,8 @@ def _read_rotary(rope: Mapping, *, config, partial: bool = False) -> Rotary:
         )
     else:
         raise UnsupportedConfigError(
-            f"has rope_type = {kind!r}; the decoder computes default, linear, llama3 "
-            f"and longrope."
+            f"has rope_type = {kind!r}; the decoder computes default, linear, llama3, "
+            f"and longrope of phi3."
         )
     fraction = rope.get("partial_rotary_factor") or 1.0
     if fraction != 1.0 and not partial:
@@ -285,9 +288,12 @@ def _write_layers(config: DecoderConfig) -> dict:
 
 
 def _read_common(
-    config, *, activation: str = "hidden_act", partial: bool = False
+    config, *, activation: str = "hidden_act", windowed: bool = False, **rotary
 ) -> dict:
-    """What all families but GPT-NeoX and GPT-2 spell alike."""
+    """What all families but GPT-NeoX and GPT-2 spell alike.
+
+    A window in the config of a family that has none means nothing, to torch as well.
+    """
     _need(config, quantization_config=None)
     heads = config.num_attention_heads
     fields = {
@@ -304,9 +310,9 @@ def _read_common(
         "max_positions": config.max_position_embeddings,
     }
     if "rope_theta" in config.rope_parameters:
-        window = getattr(config, "sliding_window", None)
-        rotary = _read_rotary(config.rope_parameters, config=config, partial=partial)
-        fields["period"] = (LayerKind(window, rotary),)
+        window = config.sliding_window if windowed else None
+        rope = _read_rotary(config.rope_parameters, config=config, **rotary)
+        fields["period"] = (LayerKind(window, rope),)
     return fields
 
 
@@ -346,6 +352,10 @@ def _write_llama(config: DecoderConfig) -> dict:
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
     }
+
+
+def _read_mistral(config) -> dict:
+    return _read_common(config, windowed=True)
 
 
 def _write_mistral(config: DecoderConfig) -> dict:
@@ -435,7 +445,7 @@ def _write_gemma3(config: DecoderConfig) -> dict:
 
 
 def _read_phi3(config) -> dict:
-    return _read_common(config, partial=True)
+    return _read_common(config, windowed=True, partial=True, stretched=True)
 
 
 def _write_phi3(config: DecoderConfig) -> dict:
@@ -517,7 +527,7 @@ def _read_gpt2(config) -> dict:
         "gated": False,
         "activation": _activation(config.activation_function),
         "attention_scale": None if config.scale_attn_weights else 1.0,
-        "learned_positions": True,
+        "learned_positions": config.max_position_embeddings,
         "tied": config.tie_word_embeddings,
         "max_positions": config.max_position_embeddings,
     }
@@ -531,7 +541,7 @@ def _write_gpt2(config: DecoderConfig) -> dict:
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
         "n_inner": config.mlp_width,
-        "n_positions": config.max_positions,
+        "n_positions": config.learned_positions,
         "layer_norm_epsilon": config.norm_eps,
         "activation_function": activation,
         "scale_attn_weights": config.attention_scale is None,
@@ -653,7 +663,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, _LLAMA),
-        Family("mistral", "MistralForCausalLM", _read_common, _write_mistral, _LLAMA),
+        Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, _LLAMA),
         Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen, _LLAMA),
         Family(
             *("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3),

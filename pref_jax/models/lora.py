@@ -11,6 +11,8 @@ matrix is ever made. Without its adapters the policy is the base: it is the anch
     params = model.combine(frozen, trained)         # what the model's functions take
     merged = lora.merge(frozen, trained, lora_config)  # a plain model again
 
+Weight decay pulls a and b to 0, and so the policy to its base.
+
 Source: Hu et al., arXiv:2106.09685v2, equation 3.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import pathlib
 import re
@@ -52,13 +55,18 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0  # what is added is alpha / rank * a @ b
     targets: tuple[str, ...] = ("attention/*", "mlp/*")  # patterns of matrices' names
-    whole: tuple[str, ...] = ()  # parameters that are trained as they are: reward_head
+    whole: tuple[str, ...] = ()  # trained as they are beside them: reward_head or none
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(
                 f"`rank` must be at least 1 and `alpha` positive; got {self.rank} and "
                 f"{self.alpha}."
+            )
+        if not set(self.whole) <= {"reward_head"}:
+            raise ValueError(
+                f"`whole` may name reward_head, which the base does without; got "
+                f"{', '.join(self.whole)}."
             )
         for pattern in self.targets:
             if not fnmatch.filter(_INPUTS, pattern):
@@ -171,15 +179,17 @@ def merge(frozen: PyTree, trained: PyTree, config: LoraConfig) -> dict:
     del merged["adapters"]
     for path, adapter in _adapters(trained["adapters"]):
         matrix = _get(frozen, path)
-        product = _product if path[0] == "last_blocks" else jax.vmap(_product)
-        total = jnp.asarray(matrix, jnp.float32)
-        total += config.scale * product(adapter["a"], adapter["b"])
-        _put(merged, path, total.astype(matrix.dtype))
+        add = functools.partial(_add_product, scale=config.scale)
+        add = add if path[0] == "last_blocks" else jax.vmap(add)
+        # No device makes more of the product than it keeps of the matrix.
+        sharding = matrix.sharding if isinstance(matrix, jax.Array) else None
+        _put(merged, path, jax.jit(add, out_shardings=sharding)(matrix, **adapter))
     return merged
 
 
-def _product(a, b):
-    return jnp.tensordot(a, b, 1, precision="highest")
+def _add_product(matrix, a, b, *, scale):
+    product = scale * jnp.tensordot(a, b, 1, precision="highest")
+    return (matrix.astype(jnp.float32) + product).astype(matrix.dtype)
 
 
 def _matrices(params, config):
@@ -224,7 +234,17 @@ def _put(tree, path, value):
 # --- PEFT -----------------------------------------------------------------------------
 
 _PREFIX = "base_model.model."
-_UNSUPPORTED = {"use_dora": False, "bias": "none", "layers_to_transform": None}
+_UNSUPPORTED = {
+    "use_dora": False,
+    "use_qalora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "layers_to_transform": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "trainable_token_indices": None,
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "eva_base")  # starts that alter the base
 
 
 def _parts(tensor: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -315,8 +335,6 @@ def save_peft(
         _PREFIX + tensor.name: _as_on_disk(tensor, trained[name], decoder_config)
         for name, tensor in whole.items()
     }
-    folder = pretrained.new_folder(path)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     is_reward_model = "reward_head" in whole
     own = {name: rank for name, rank in patterns.items() if rank != config.rank}
     settings = {
@@ -334,10 +352,12 @@ def save_peft(
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(settings, indent=2), encoding="utf-8"
-    )
-    return folder
+    with pretrained.new_folder(path) as folder:
+        metadata = {"format": "pt"}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+        text = json.dumps(settings, indent=2)
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    return pathlib.Path(path)
 
 
 def _whole_tensors(trained, layout) -> dict[str, Tensor]:
@@ -372,6 +392,7 @@ def load_peft(
         shape; or the adapter does what this one does not: DoRA, biases, some layers
         only, pickles.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     folder = pathlib.Path(path)
@@ -381,7 +402,7 @@ def load_peft(
                 f"{folder} has no {name}; give the folder of a PEFT adapter that was "
                 f"saved with safetensors."
             )
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = read_settings(path)
     if settings.get("peft_type") != "LORA":
         raise CheckpointFormatError(
             f"{folder} is a {settings.get('peft_type')} adapter; only LORA is read."
@@ -392,10 +413,28 @@ def load_peft(
                 f"{folder}/adapter_config.json has {name} = {settings[name]!r}; only "
                 f"{needed!r} is read."
             )
+    start = str(settings.get("init_lora_weights"))
+    if start.startswith(_CHANGES_BASE):
+        raise CheckpointFormatError(
+            f"{folder}/adapter_config.json has init_lora_weights = {start!r}, which "
+            f"changes the base; let PEFT convert it into a plain adapter."
+        )
     layout = pretrained.find_family(family, base)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise CheckpointFormatError(
+            f"{folder}/adapter_model.safetensors is not a whole file: {error}"
+        ) from error
     unread = set(tensors)
-    rank, alpha = settings["r"], float(settings["lora_alpha"])
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not (
+        isinstance(rank, int) and isinstance(alpha, int | float) and rank and alpha
+    ):
+        raise CheckpointFormatError(
+            f"{folder}/adapter_config.json needs positive r and lora_alpha; got "
+            f"{rank!r} and {alpha!r}."
+        )
     rs = rank**0.5 if settings.get("use_rslora") else 1.0
     shapes = pretrained.param_shapes(decoder_config)
     adapters, adapted_names = {}, set()
@@ -445,6 +484,22 @@ def load_peft(
     whole = tuple(name for name in trained if name != "adapters")
     targets = tuple(sorted(adapted_names))
     return LoraConfig(rank, alpha * rs, targets, whole), trained
+
+
+def read_settings(path: str) -> dict:
+    """The config of a PEFT adapter.
+
+    Raises:
+      CheckpointFormatError: it is no JSON object.
+    """
+    file = pathlib.Path(path) / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointFormatError(f"{file} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointFormatError(f"{file} needs a JSON object; got {settings!r}.")
+    return settings
 
 
 def _take(tensors, place: Tensor, sizes, folder) -> np.ndarray:

@@ -9,15 +9,16 @@ reads back as the same model. What families there are stands in `models/families
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
-import mmap
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +33,21 @@ from pref_jax.models.families import (
     UnsupportedConfigError,
     axis_sizes,
 )
+from pref_jax.models.tensor_files import (
+    DTYPES,
+    CheckpointFormatError,
+    StoredTensor,
+    copy_turned,
+    stored_tensors,
+)
 from pref_jax.types import PyTree
 
 _logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
 _COMPUTE = ("dtype", "attention", "remat")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 _TOKENIZER_FILES += ("added_tokens.json", "chat_template*")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class CheckpointFormatError(ValueError):
-    """A checkpoint folder that cannot be read as the model it says it is."""
 
 
 # --- config ---------------------------------------------------------------------------
@@ -68,14 +66,32 @@ def load_config(path: str, *, max_positions: int | None = None) -> DecoderConfig
       CheckpointFormatError: no config, another architecture, or a feature of it that
         the decoder does not compute.
     """
-    config = DecoderConfig(**_read_fields(path)[1])
-    longest = config.max_positions
-    for kind in config.period:
-        scaling = kind.rotary and kind.rotary.scaling
+    _, config = _read_config(path)
+    try:
+        return with_max_positions(config, max_positions)
+    except ValueError as error:
+        raise CheckpointFormatError(f"{path}: {error}") from error
+
+
+def with_max_positions(config: DecoderConfig, longest: int | None) -> DecoderConfig:
+    """A config that reads texts of up to this many tokens.
+
+    Args:
+      config: of any decoder.
+      longest: None: as it is; with LongRoPE its length before the extension.
+
+    Raises:
+      ValueError: it has fewer learned positions, or `longest` is not positive.
+    """
+    scalings = {kind.rotary and kind.rotary.scaling for kind in config.period}
+    for scaling in scalings:
         if isinstance(scaling, LongScaling):
-            longest = max_positions or scaling.old_positions
+            if longest is None:
+                longest = scaling.old_positions
             config = _with_long_positions(config, longest > scaling.old_positions)
-    return dataclasses.replace(config, max_positions=max_positions or longest)
+    if longest is None:
+        return config
+    return dataclasses.replace(config, max_positions=longest)
 
 
 def _with_long_positions(config: DecoderConfig, is_long: bool) -> DecoderConfig:
@@ -96,14 +112,17 @@ def _hf_config(path):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any type: the file is the user's
         raise CheckpointFormatError(
             f"{path}/config.json cannot be read: {error}"
         ) from error
 
 
-def _read_fields(path) -> tuple[Family, dict]:
+def _read_config(path) -> tuple[Family, DecoderConfig]:
+    """The family of a folder, and its config as it stands."""
     config = _hf_config(path)
     name = MULTIMODAL.get(config.model_type, config.model_type)
     if config.model_type in MULTIMODAL:
@@ -114,9 +133,13 @@ def _read_fields(path) -> tuple[Family, dict]:
             f"{', '.join(sorted({*FAMILIES, *MULTIMODAL}))}."
         )
     try:
-        return FAMILIES[name], FAMILIES[name].read(config)
+        return FAMILIES[name], DecoderConfig(**FAMILIES[name].read(config))
     except UnsupportedConfigError as error:
         raise CheckpointFormatError(f"{path}/config.json {error}") from error
+    except (ValueError, ArithmeticError, KeyError, TypeError) as error:
+        raise CheckpointFormatError(
+            f"{path}/config.json describes no decoder: {error!r}."
+        ) from error
 
 
 def find_family(name: str | None, folder: str | None = None) -> Family:
@@ -126,7 +149,7 @@ def find_family(name: str | None, folder: str | None = None) -> Family:
       CheckpointFormatError: there is no such family or folder.
     """
     if name is None:
-        return _read_fields(folder)[0]
+        return _read_config(folder)[0]
     if name not in FAMILIES:
         raise CheckpointFormatError(
             f"`family` must be one of {', '.join(FAMILIES)}; got {name!r}."
@@ -134,102 +157,13 @@ def find_family(name: str | None, folder: str | None = None) -> Family:
     return FAMILIES[name]
 
 
-# --- files ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """One tensor in a file, mapped into memory and not read yet."""
-
-    pages: mmap.mmap
-    start: int
-    stop: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    def array(self) -> np.ndarray:
-        """The whole tensor, read where it is touched."""
-        values = np.frombuffer(
-            self.pages,
-            _DTYPES[self.dtype],
-            count=int(np.prod(self.shape)),
-            offset=self.start,
-        )
-        return values.reshape(self.shape)
-
-    def release(self) -> None:
-        """Give back the memory of the pages that were read; the file has them."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = self.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self.pages.madvise(mmap.MADV_DONTNEED, first, self.stop - first)
-
-
-def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
-    """Every tensor of a folder by its name in the files."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    files, promised = ["model.safetensors"], None
-    if index.is_file():
-        try:
-            promised = json.loads(index.read_text())["weight_map"]
-            files = sorted(set(promised.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointFormatError(
-                f"{index} does not map tensors to files: {error!r}"
-            ) from error
-    tensors: dict[str, _Stored] = {}
-    for name in files:
-        if pathlib.PurePath(name).name != name:
-            raise CheckpointFormatError(
-                f"{index} names the file {name!r}; all parts lie beside it."
-            )
-        path = folder / name
-        if not path.is_file():
-            others = sorted(
-                p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))
-            )
-            raise CheckpointFormatError(
-                f"{folder} has no {name}"
-                + (
-                    f", only {', '.join(others)}; pickles are not read"
-                    if others
-                    else ""
-                )
-                + ". Save the model with safetensors."
-            )
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # checks that the header is whole and its ranges fill the file
-        except SafetensorError as error:
-            raise CheckpointFormatError(
-                f"{path} is not a whole safetensors file: {error}"
-            ) from error
-        with path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        size = int.from_bytes(pages[:8], "little")
-        header = json.loads(pages[8 : 8 + size])
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            start, stop = (8 + size + offset for offset in entry["data_offsets"])
-            shape = tuple(entry["shape"])
-            if key in tensors:
-                raise CheckpointFormatError(f"{folder} has the tensor {key} twice.")
-            tensors[key] = _Stored(pages, start, stop, entry["dtype"], shape)
-    lacking = sorted(set(promised or ()) - set(tensors))
-    if lacking:
-        raise CheckpointFormatError(
-            f"{index} promises {len(lacking)} tensors that its files lack, first "
-            f"{lacking[0]}."
-        )
-    return tensors
-
+# --- reading ------------------------------------------------------------------------
 
 _TEXT_PART = re.compile(r"^(language_model\.|model\.language_model\.)")
 _OTHER_PART = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
-def _text_part(tensors: dict[str, _Stored], path) -> dict[str, _Stored]:
+def _text_part(tensors: dict[str, StoredTensor], path) -> dict[str, StoredTensor]:
     """The tensors of a multimodal model's text part, named as the text model's."""
     found = {}
     for name, stored in tensors.items():
@@ -288,7 +222,7 @@ class _Reader:
     def __init__(self, path, family: Family, config: DecoderConfig):
         self.path, self.family, self.config = path, family, config
         self.sizes = axis_sizes(config)
-        self.tensors = _stored_tensors(pathlib.Path(path))
+        self.tensors = stored_tensors(pathlib.Path(path))
         if _hf_config(path).model_type in MULTIMODAL:
             self.tensors = _text_part(self.tensors, path)
         if not any(name.startswith(family.base) for name in self.tensors):
@@ -302,7 +236,7 @@ class _Reader:
             name for name in self.tensors if not name.endswith(family.ignored)
         }
 
-    def find(self, tensor: Tensor) -> _Stored:
+    def find(self, tensor: Tensor) -> StoredTensor:
         """The tensor in the files, whose shape and type are as they must be."""
         shape = tensor.shape(self.sizes)
         if tensor.name not in self.tensors:
@@ -315,10 +249,10 @@ class _Reader:
                 f"{self.path}: tensor {tensor.name} has shape {stored.shape}; "
                 f"config.json makes it {shape}."
             )
-        if stored.dtype not in _DTYPES:
+        if stored.dtype not in DTYPES:
             raise CheckpointFormatError(
                 f"{self.path}: tensor {tensor.name} is of type {stored.dtype}; only "
-                f"{', '.join(_DTYPES)} are read."
+                f"{', '.join(DTYPES)} are read."
             )
         self.unread.discard(tensor.name)
         return stored
@@ -336,52 +270,13 @@ class _Reader:
         def read_layer(number):
             stored = self.find(chosen[number])
             view = chosen[number].view(stored.array(), self.sizes)
-            _copy(out[number], view[tuple(inside)])
+            copy_turned(out[number], view[tuple(inside)])
             del view
             stored.release()
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(read_layer, range(len(chosen))))
         return out if place.stacked else out[0]
-
-
-_STRIP = 16  # rows that are turned at once: as many lines of the cache are written to
-
-
-def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    """out[...] = values; a transposed view in strips, which is several times faster.
-
-    Args:
-      out: contiguous.
-      values: of the same shape.
-    """
-    if out.dtype == values.dtype:  # plain bits are copied faster than bfloat16
-        bits = f"u{out.dtype.itemsize}"
-        out, values = out.view(bits), values.view(bits)
-    # Neighbouring axes that are one run in both are one axis.
-    shape, strides = [1], [None]
-    for size, stride in zip(values.shape, values.strides, strict=True):
-        if strides[-1] == size * stride:
-            shape[-1], strides[-1] = shape[-1] * size, stride
-        else:
-            shape.append(size)
-            strides.append(stride)
-    _copy_strips(out.reshape(shape[1:]), values.reshape(shape[1:]))
-
-
-def _copy_strips(out, values):
-    num_rows = values.size // max(1, values.shape[int(np.argmin(values.strides))])
-    is_turned = values.strides != tuple(sorted(values.strides, reverse=True))
-    if not is_turned or num_rows <= _STRIP:
-        # Cast in the order that the file has, then turned.
-        out[...] = values.astype(out.dtype, order="K", copy=False)
-        return
-    sizes = zip(values.shape, values.strides, strict=True)
-    axis = int(np.argmax([stride * (size > 1) for size, stride in sizes]))
-    step = max(1, _STRIP * values.shape[axis] // num_rows)
-    for start in range(0, values.shape[axis], step):
-        strip = (slice(None),) * axis + (slice(start, start + step),)
-        _copy_strips(out[strip], values[strip])
 
 
 def load(
@@ -427,7 +322,7 @@ def load(
             f"`load` takes {', '.join(_COMPUTE)}, and a `param_dtype` of float32 or "
             f"bfloat16; got {', '.join(unknown) or repr(param_dtype)}."
         )
-    family, _ = _read_fields(path)
+    family, _ = _read_config(path)
     config = load_config(path, max_positions=max_positions)
     config = dataclasses.replace(config, **compute)
     reader = _Reader(path, family, config)
@@ -563,13 +458,13 @@ def save(
             if getattr(tokenizer, name) is not None:
                 setattr(hf_config, name, getattr(tokenizer, name))
     hf_config.dtype = next(iter(plan.values())).dtype.name
-    folder = new_folder(path)
-    _write_tensors(folder, plan, max_shard_bytes)
-    hf_config.save_pretrained(folder)
-    _write_companions(folder, hf_config, like, tokenizer, is_reward_model)
-    if card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return folder
+    with new_folder(path) as folder:
+        _write_tensors(folder, plan, max_shard_bytes)
+        hf_config.save_pretrained(folder)
+        _write_companions(folder, hf_config, like, tokenizer, is_reward_model)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    return pathlib.Path(path)
 
 
 def without_embedding_scale(
@@ -630,26 +525,43 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def new_folder(path: str) -> pathlib.Path:
-    """A folder to write a checkpoint into.
+def check_new(path: str) -> None:
+    """Raise unless a folder can be written there.
 
     Raises:
-      FileExistsError: it holds something.
+      FileExistsError: it is a file, or holds something.
     """
     folder = pathlib.Path(path)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty; save into a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[pathlib.Path]:
+    """A folder to write into, which takes its place in one move when it is whole.
+
+    Raises:
+      FileExistsError: as `check_new`.
+    """
+    check_new(path)
+    folder = pathlib.Path(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True
+    ) as temporary:
+        inside = pathlib.Path(temporary) / folder.name
+        inside.mkdir()
+        yield inside
+        inside.replace(folder)
 
 
 def _describe(config, like, family, is_reward_model):
     """The family that says all of a config, and its Hugging Face config."""
     if like is not None:
-        its_family, fields = _read_fields(like)
+        its_family, its_config = _read_config(like)
         hf_config = _hf_config(like)
         hf_config = getattr(hf_config, "text_config", hf_config)
-        same = not _differences(config, DecoderConfig(**fields), is_reward_model, like)
+        same = not _differences(config, its_config, is_reward_model, like)
         if same and family in (None, its_family.model_type):
             return its_family, hf_config
         family = family or its_family.model_type
@@ -700,7 +612,8 @@ def _differences(config, other, is_reward_model, like=None) -> str:
     scalings = [kind.rotary and kind.rotary.scaling for kind in config.period]
     is_stretched = any(isinstance(x, LongScaling) for x in scalings)
     # Files of a model that was told to read shorter texts keep their own length.
-    if config.max_positions is None or is_stretched or like is not None:
+    shortened = is_stretched or config.learned_positions
+    if config.max_positions is None or shortened or like is not None:
         ignored.add("max_positions")
     if is_stretched:
         config, other = (_with_long_positions(c, False) for c in (config, other))

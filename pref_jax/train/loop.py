@@ -107,8 +107,8 @@ def fit(
       guard: says when to stop.
       unit: what the progress line calls an example.
       flops_per_token: of a step, forward and backward; None: no MFU estimate.
-      base: what is frozen in the state, by path and hash. Checkpoints hold this in its
-        place, and go on with the same base alone.
+      base: what is frozen in the state, by path and hash, which checkpoints hold in
+        its place.
 
     Returns:
       `Fitted`; the states are in `folder/checkpoints`, see `restore_params`.
@@ -117,7 +117,6 @@ def fit(
       Preempted: after saving, when the guard was asked to stop.
       NonFiniteError: with step, metric and record numbers. The last good checkpoint
         stays the latest.
-      ValueError: the checkpoints stand on another base.
     """
     done = folder / DONE_FILE
     if done.is_file():
@@ -200,12 +199,6 @@ class _Loop:
         self._pending = None  # outputs, records and counts of a step not read yet
 
     def restore(self, meta: dict) -> None:
-        if meta.get("base") != self.base:
-            raise ValueError(
-                f"the checkpoints of {self.checkpoints.folder} stand on the base "
-                f"{meta.get('base')}; got {self.base}. Load that base, or train in a "
-                f"new folder."
-            )
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.best, self.stale = meta["best"], meta["stale"]
 

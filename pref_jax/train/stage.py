@@ -107,9 +107,8 @@ def train_stage(
         raise ValueError(
             "`frozen` and `base` (its path and hash) belong together; give both."
         )
-    _claim_folder(name, folder, config)
-    about = {"method": method.name, "paper": method.paper, "seed": seed}
-    write_json(folder / MODEL_FILE, json.loads(model.description) | about)
+    about = {"method": method.name, "paper": method.paper, "seed": seed, "base": base}
+    _claim_folder(name, folder, config, json.loads(model.description) | about)
     axes = model.param_axes(params)
     num_steps = config.loop.num_steps
     optimizer = make_optimizer(config.optimizer, num_steps, param_axes=axes)
@@ -172,18 +171,32 @@ def train_stage(
     return trained, fitted
 
 
-def _claim_folder(name: str, folder: pathlib.Path, config: StageConfig) -> None:
-    """Write the config of a new stage; an old one must have been started with it."""
-    values, path = as_read_back(dataclasses.asdict(config)), folder / CONFIG_FILE
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, values)
-    changed = differences(json.loads(path.read_text()), values)
-    if changed:
-        raise ValueError(
-            f"stage {name} in {folder} was started with another config: {changed}. "
-            f"Continue it with its own, or train in a new folder."
-        )
+def _claim_folder(
+    name: str, folder: pathlib.Path, config: StageConfig, description: dict
+) -> None:
+    """Describe a new stage; an old one must have been started with the same."""
+    values = as_read_back(dataclasses.asdict(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, new in ((CONFIG_FILE, values), (MODEL_FILE, description)):
+        path = folder / file
+        if not path.exists():
+            write_json(path, new)
+        old = json.loads(path.read_text())
+        changed = differences(_what_counts(old), _what_counts(new))
+        if changed:
+            raise ValueError(
+                f"stage {name} in {folder} was started with another config: {changed}. "
+                f"Continue it with its own, or train in a new folder."
+            )
+
+
+def _what_counts(values: dict) -> dict:
+    """A base may have moved, as long as it is the same; a paper's name may change."""
+    base = values.get("base") or {}
+    kept = {key: value for key, value in values.items() if key != "paper"}
+    if "base" in values:
+        kept["base"] = base.get("hash", "none")
+    return kept
 
 
 def _step_flops_per_token(model: Model, anchor: PyTree, frozen: PyTree) -> float:

@@ -117,6 +117,22 @@ def test_bfloat16_stays_near_float32(batch, name):
     np.testing.assert_allclose(np.float32(got), expected, atol=2e-2)
 
 
+def test_a_decoding_step_caps_all_logits_as_a_whole_row_does():
+    """Three tokens of a prompt and two of its own; the last one is asked."""
+    query, key, value = draw(1, 5, 2)
+    position, end = jnp.arange(5)[None], jnp.full((1, 5), 5)
+    options = {"scale": 3.0, "softcap": 0.7}
+    expected = attention.xla_attention(query, key, value, position, end, **options)
+    plain = attention.xla_attention(query, key, value, position, end, scale=3.0)
+    heads_first = (key.swapaxes(1, 2), value.swapaxes(1, 2))
+    prompt = [x[:, :, :3] for x in heads_first]
+    own = [x[:, None, :, 3:] for x in heads_first]
+    lengths = {"prompt_length": jnp.array([3]), "step": 1}
+    step = attention.branch_attention(query[:, 4:], *prompt, *own, **lengths, **options)
+    np.testing.assert_allclose(step[0, 0], expected[0, 4], rtol=1e-5, atol=1e-6)
+    assert np.abs(plain[0, 4] - expected[0, 4]).max() > 0.01
+
+
 def test_logits_of_bfloat16_states_are_float32():
     """Logits of 256 and 257, and bfloat16 has no 257: the keys would weigh the same."""
     query = jnp.full((1, 2, 1, 2), jnp.array([16.0, 1.0]), jnp.bfloat16)

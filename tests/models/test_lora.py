@@ -131,6 +131,7 @@ def test_every_adapter_has_a_logical_name_for_each_axis():
     [
         ({"rank": 0}, "`rank` must be at least 1 and `alpha` positive; got 0 and 32"),
         ({"alpha": 0.0}, "`alpha` positive; got 16 and 0.0"),
+        ({"whole": ("embedding",)}, "`whole` may name reward_head, .*; got embedding"),
         ({"targets": ("attention/q",)}, "'attention/q', which matches none of atten"),
     ],
 )
@@ -239,9 +240,19 @@ def test_checkpoints_hold_the_adapters_and_name_the_base(stage):
 
 def test_another_base_is_refused(stage, tmp_path):
     folder = shutil.copytree(stage[0], tmp_path / "stage")
-    (folder / "done.json").unlink()
-    with pytest.raises(ValueError, match="stand on the base .*'path': 'base'.*; got"):
+    with pytest.raises(ValueError, match="stage tiny .* another config: base: saved"):
         train(folder, shift=1.0)
+
+
+def test_adapters_of_another_scale_are_refused_by_a_finished_stage(
+    stage, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(stage[0], tmp_path / "stage")
+    before = (folder / "model.json").read_bytes()
+    monkeypatch.setitem(globals(), "CONFIG", LoraConfig(rank=3, alpha=6.0))
+    with pytest.raises(ValueError, match="lora.alpha: saved 5.0, now 6.0"):
+        train(folder)
+    assert (folder / "model.json").read_bytes() == before
 
 
 def test_a_base_without_a_name_is_an_error(tmp_path):
@@ -380,6 +391,14 @@ def test_a_reward_head_goes_along(tmp_path):
         ({"use_dora": True}, "has use_dora = True; only False is read"),
         ({"bias": "all"}, "has bias = 'all'; only 'none' is read"),
         ({"layers_to_transform": [0]}, r"has layers_to_transform = \[0\]; only None"),
+        ({"use_qalora": True}, "has use_qalora = True; only False is read"),
+        ({"alora_invocation_tokens": [3]}, r"has alora_invocation_tokens = \[3\]"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "'pissa_niter_4', which changes the b",
+        ),
+        ({"r": None}, "needs positive r and lora_alpha; got None and 5.0"),
+        ({"lora_alpha": 0}, "needs positive r and lora_alpha; got 3 and 0"),
         ({"r": 4}, r"lora_A.weight has shape \(3, 16\); its base and rank make it"),
     ],
 )
@@ -389,6 +408,18 @@ def test_an_adapter_that_does_something_else_is_an_error(tmp_path, change, messa
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointFormatError, match=message):
         read(tmp_path / "a", "llama")
+
+
+def test_adapter_files_that_cannot_be_read_are_named(tmp_path):
+    write(tmp_path / "a", "llama")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(CheckpointFormatError, match="safetensors is not a whole file"):
+        read(tmp_path / "a", "llama")
+    for text, message in (("{", "cannot be read"), ("[]", "needs a JSON object; got")):
+        (tmp_path / "a" / "adapter_config.json").write_text(text)
+        with pytest.raises(CheckpointFormatError, match=f"config.json {message}"):
+            read(tmp_path / "a", "llama")
 
 
 @pytest.mark.parametrize(

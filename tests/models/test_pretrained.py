@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from pref_jax.data.templates import TextEncoder, check_vocabulary, load_tokenizer
 from pref_jax.logps import token_stats
-from pref_jax.models import pretrained
+from pref_jax.models import pretrained, tensor_files
 from pref_jax.models.decoder import LayerKind, Rotary, make_decoder
 from pref_jax.models.pretrained import CheckpointFormatError
 from pref_jax.sampling import SamplingConfig, make_sampler
@@ -205,7 +205,7 @@ def test_a_copy_in_strips_is_a_copy(shape, dtype):
         view = values.transpose(axes)
         for part in (view, view[1:], view[..., ::2]):
             out = np.empty(part.shape, dtype)
-            pretrained._copy(out, part)
+            tensor_files.copy_turned(out, part)
             np.testing.assert_array_equal(out, part.astype(dtype))
 
 

@@ -69,6 +69,13 @@ def test_values_are_the_head_on_the_state_of_the_last_response_token():
     assert not values[batch.record < 0].any()
 
 
+def test_a_group_that_fills_its_row_is_read_at_its_end():
+    groups = fixtures.random_groups(3, 1, 2)
+    rows_of = (groups[0].num_tokens, groups[0].num_tokens + 9)
+    full, roomy = (score(fixtures.pack_all(groups, n)) for n in rows_of)
+    np.testing.assert_allclose(full[:1], roomy[:1], rtol=1e-5, atol=1e-5)
+
+
 def test_a_value_depends_on_its_own_response_alone():
     groups = fixtures.random_groups(3, 4, 2)
     other = dataclasses.replace(groups[0], responses=(groups[0].responses[0],) * 2)

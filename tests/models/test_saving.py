@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from family_cases import FAMILY_CASES, LONG
 from pref_jax.models import pretrained
-from pref_jax.models.decoder import LayerKind, Rotary
+from pref_jax.models.decoder import LayerKind, Rotary, make_decoder
 from pref_jax.models.pretrained import CheckpointFormatError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
@@ -160,6 +160,14 @@ def test_a_folder_that_holds_something_is_left_alone(llama, tmp_path):
     with pytest.raises(FileExistsError, match="is not empty; save into a new folder"):
         pretrained.save(tmp_path, *llama)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_save_that_fails_leaves_nothing(llama, tmp_path, monkeypatch):
+    config, params = llama
+    monkeypatch.setattr(pretrained, "_write_companions", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrained.save(tmp_path / "saved", config, params)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_unknown_and_misshapen_parameters_are_named(llama, tmp_path):
@@ -369,3 +377,44 @@ def test_a_shorter_length_keeps_the_short_factors_of_a_stretched_model():
     long = pretrained.load_config(weights("phi4_mini"), max_positions=17)
     assert long.max_positions == 17
     assert long.period[0].rotary.scaling.is_long
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma", "olmo2"])
+def test_a_window_in_the_config_of_a_family_without_one_means_nothing(name, tmp_path):
+    folder = shutil.copytree(weights(name), tmp_path / "copy")
+    settings = settings_of(folder) | {"sliding_window": 4}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert [kind.window for kind in pretrained.load_config(folder).period] == [None]
+
+
+def test_learned_positions_may_be_used_in_part_and_never_exceeded():
+    folder = weights("gpt2")
+    config, params = pretrained.load(folder, max_positions=7)
+    assert (config.max_positions, len(params["positions"])) == (7, 64)
+    with pytest.raises(CheckpointFormatError, match="can be at most 64, the number of"):
+        pretrained.load(folder, max_positions=65)
+    with pytest.raises(CheckpointFormatError, match="`max_positions` must be at least"):
+        pretrained.load_config(folder, max_positions=0)
+    model = make_decoder(config)
+    tokens, position = np.zeros((2, 2), np.int32), np.array([[0, 63], [0, 64]])
+    hidden = jax.jit(model.hidden)(params, tokens, position, np.array([[1, 2]] * 2))
+    assert np.isfinite(hidden[0]).all() and np.isnan(hidden[1, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "16"}, "config.json cannot be read: "),
+        (
+            {"num_attention_heads": 0},
+            "config.json (describes no decoder|cannot be read)",
+        ),
+        ({"num_key_value_heads": 3}, "describes no decoder: .*multiple of `num_kv_hea"),
+    ],
+)
+def test_sizes_that_make_no_decoder_are_errors_of_the_file(tmp_path, change, message):
+    folder = shutil.copytree(weights("llama2"), tmp_path / "copy")
+    settings = settings_of(folder) | change
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointFormatError, match=message):
+        pretrained.load_config(folder)
