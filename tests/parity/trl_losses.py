@@ -84,7 +84,7 @@ def model_of(token_logps, mask, log_sum_sq=None):
     def model(**inputs):
         return outputs
 
-    model.training = True
+    model.training, model._modules = True, {}  # with PEFT installed TRL looks for parts
     model.is_gradient_checkpointing = False
     return model
 
@@ -209,7 +209,7 @@ def kto(
             is_kl = input_ids is inputs["KL_input_ids"]
             return of_mismatched() if is_kl else of_batch()
 
-        call.training = True
+        call.training, call._modules = True, {}
         call.is_gradient_checkpointing = False
         return call
 
@@ -286,7 +286,7 @@ def reward_model(rewards, *, margin=None, centering=None) -> torch.Tensor:
     def model(**inputs):
         return outputs
 
-    model.training = True
+    model.training, model._modules = True, {}  # with PEFT installed TRL looks for parts
     trainer = types.SimpleNamespace(
         model=model,
         accelerator=accelerator(),
@@ -317,7 +317,7 @@ def sft(token_logps, mask, *, loss_type) -> torch.Tensor:
     def model(**inputs):
         return outputs
 
-    model.training = True
+    model.training, model._modules = True, {}  # with PEFT installed TRL looks for parts
     gathering = accelerator()
     gathering.parallelism_config = None
     trainer = types.SimpleNamespace(
