@@ -244,7 +244,7 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": None,
     "trainable_token_indices": None,
 }
-_CHANGES_BASE = ("pissa", "olora", "corda", "eva_base")  # starts that alter the base
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # starts that alter the base
 
 
 def _parts(tensor: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,11 @@ def find_family(name: str | None, folder: str | None = None) -> Family:
     Raises:
       CheckpointFormatError: there is no such family or folder.
     """
+    if name is None and folder is None:
+        raise CheckpointFormatError(
+            "the model came from no Hugging Face folder, so its tensors have no names; "
+            "give the `family` that they are to have."
+        )
     if name is None:
         return _read_config(folder)[0]
     if name not in FAMILIES:
@@ -157,7 +162,7 @@ def find_family(name: str | None, folder: str | None = None) -> Family:
     return FAMILIES[name]
 
 
-# --- reading ------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------
 
 _TEXT_PART = re.compile(r"^(language_model\.|model\.language_model\.)")
 _OTHER_PART = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")

@@ -21,7 +21,7 @@ from pref_jax.models.lora import LoraConfig
 from pref_jax.models.pretrained import CheckpointFormatError
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import Checkpoints, PreemptionGuard
-from pref_jax.train.stage import train_stage
+from pref_jax.train.stage import _step_flops_per_token, train_stage
 
 CONFIG = LoraConfig(rank=3, alpha=5.0)
 MODEL = lora.adapted(fixtures.decoder(), CONFIG)
@@ -253,6 +253,16 @@ def test_adapters_of_another_scale_are_refused_by_a_finished_stage(
     with pytest.raises(ValueError, match="lora.alpha: saved 5.0, now 6.0"):
         train(folder)
     assert (folder / "model.json").read_bytes() == before
+
+
+def test_what_is_frozen_costs_no_gradient():
+    """Forward and backward by the states: two passes of three, and one of an anchor."""
+    model, params = tiny_stage.MODEL, tiny_stage.make_params()
+    passes = [
+        _step_flops_per_token(model, anchor, frozen) / model.flops_per_token
+        for anchor, frozen in (((), ()), (params, ()), ((), params), (params, params))
+    ]
+    assert passes == [3, 4, 2, 3]
 
 
 def test_a_base_without_a_name_is_an_error(tmp_path):
