@@ -1,0 +1,123 @@
+"""Several processes as one program: who writes, and what all of them know.
+
+On several hosts every process runs the same program on its own devices. What is written
+is written by the first process alone, and what only one process can know (a free name,
+what a file says at this moment) is made the same for all. With one process nothing here
+costs or does anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+
+import jax
+import numpy as np
+
+HEARTBEAT_SECONDS = 30
+"""Without a sign of life for so long a process counts as lost, and all others end."""
+
+_ADDRESS, _NUMBER, _ID = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+_DETECT = "PREF_JAX_MULTIHOST"
+
+
+def initialize() -> None:
+    """Join the other processes, if the environment says that there are any.
+
+    Call it before anything that touches a device. The environment says so in one of
+    two ways, which the scripts `scripts/launch_*.sh` take care of:
+
+    - `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`: host and port
+      of the first process, how many there are, and which of them this is;
+    - `PREF_JAX_MULTIHOST=1`: as jax finds out by itself on TPU slices, under Slurm and
+      under Open MPI.
+
+    Raises:
+      ValueError: only some of the three variables are set.
+    """
+    given = [name for name in (_ADDRESS, _NUMBER, _ID) if os.environ.get(name)]
+    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if _NUMBER in given or _ID in given:
+        if len(given) < 3:
+            raise ValueError(
+                f"several processes need {_ADDRESS}, {_NUMBER} and {_ID}; the "
+                f"environment has only {', '.join(given)}. Start them with "
+                f"scripts/launch_local.sh, or set {_DETECT}=1 where jax finds out."
+            )
+        options |= {
+            "coordinator_address": os.environ[_ADDRESS],
+            "num_processes": int(os.environ[_NUMBER]),
+            "process_id": int(os.environ[_ID]),
+        }
+    elif os.environ.get(_DETECT) != "1":
+        return
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(**options)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Wait until every process has come to this point.
+
+    Args:
+      name: of the point; the same on every process, or the wait is an error.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value):
+    """The value of the first process, on all of them; the others' are not looked at.
+
+    Args:
+      value: plain JSON values.
+
+    >>> agree({"name": "001"})
+    {'name': '001'}
+    """
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if is_first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    letters = np.zeros(size, np.uint8)
+    if is_first():
+        letters[:] = np.frombuffer(text, np.uint8)
+    letters = multihost_utils.broadcast_one_to_all(letters)
+    return json.loads(np.asarray(letters, np.uint8).tobytes())
+
+
+def check_same(name: str, value) -> None:
+    """Fail on every process unless all of them hold the same value.
+
+    Args:
+      name: of the value, for the message.
+      value: plain JSON values.
+
+    Raises:
+      ValueError: the processes disagree.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value, sort_keys=True).encode()
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(text)))
+    if len(set(np.asarray(sums).ravel().tolist())) > 1:
+        raise ValueError(
+            f"the processes disagree on {name}; process {jax.process_index()} has "
+            f"{value!r}. Start all of them with the same command and the same files."
+        )
