@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
+from pref_jax.axes import constrain, gather, row_shards
 from pref_jax.numerics import at_least_float32, soft_cap
 from pref_jax.types import ResponseBatch, Scores
 
@@ -21,7 +22,6 @@ STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
 """What `token_stats` can compute, by name."""
 
 _CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32
-_ROW_AXES = ("data", "fsdp")  # mesh axes over which rows are sharded
 
 
 def token_stats(
@@ -84,12 +84,13 @@ def token_stats(
     targets = jnp.take_along_axis(targets, index, axis=1)
     # Rows are split by the devices that hold them, so that each device adds up its own
     # gradient of the unembedding and the devices meet once, after the loop.
-    shards = _num_row_shards(num_rows)
+    shards = row_shards(num_rows)
     hidden, targets = (
         x.reshape(shards, num_rows // shards, *x.shape[1:]) for x in (hidden, targets)
     )
+    unembedding = gather(unembedding.astype(hidden.dtype), ("vocab", "embed"))
     copies = jnp.broadcast_to(unembedding[None], (shards, *unembedding.shape))
-    copies = _constrain(copies.astype(hidden.dtype), _row_axes(), "tensor", None)
+    copies = constrain(copies, "rows", "vocab", None)
     if chunk >= num_predict:
         stats = _statistics(hidden, copies, targets, want, softcap)
     else:
@@ -103,27 +104,6 @@ def token_stats(
 
 def _default_chunk(num_rows, vocab_size):
     return max(1, _CHUNK_ELEMENTS // (num_rows * vocab_size))
-
-
-def _row_axes():
-    names = jax.sharding.get_abstract_mesh().axis_names
-    return tuple(name for name in _ROW_AXES if name in names)
-
-
-def _num_row_shards(num_rows):
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1
-    for name in _row_axes():
-        shards *= mesh.shape[name]
-    return shards if num_rows % shards == 0 else 1
-
-
-def _constrain(x, *axes):
-    """Ask for a sharding when a mesh is set; a notebook without one is left alone."""
-    names = jax.sharding.get_abstract_mesh().axis_names
-    if not all(name in names for name in (*_ROW_AXES, "tensor")):
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*axes))
 
 
 def _statistics(hidden, unembedding, targets, want, softcap):
@@ -187,7 +167,7 @@ def _chunked_backward(want, softcap, chunk, residuals, grads):
 
     chunks = jax.tree.map(lambda x: _split_chunks(x, chunk), (hidden, targets, grads))
     zeros = jnp.zeros(unembedding.shape, jnp.float32)
-    zeros = _constrain(zeros, _row_axes(), "tensor", None)
+    zeros = constrain(zeros, "rows", "vocab", None)
     total, d_hidden = jax.lax.scan(body, zeros, chunks)
     d_hidden = _join_chunks(d_hidden, targets.shape[-1])
     return d_hidden, total.astype(unembedding.dtype), None

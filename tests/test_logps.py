@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fixtures
 import oracles
-from pref_jax import logps
+from pref_jax import axes, logps
 from pref_jax.models import attention
 from pref_jax.models.decoder import make_decoder
 from pref_jax.train import sharding
@@ -481,7 +481,7 @@ def collectives(hlo: str) -> tuple[list[str], list[str]]:
 
 def on_mesh(mesh, states):
     """The arguments of `token_stats` where a run has them."""
-    rows = PartitionSpec(sharding.ROW_AXES)
+    rows = PartitionSpec(axes.ROW_AXES)
     specs = (rows, PartitionSpec("tensor", "fsdp"), rows, rows)
     return [
         jax.device_put(x, NamedSharding(mesh, spec))
@@ -512,7 +512,8 @@ scoring_gradient = jax.value_and_grad(scoring_value, argnums=(0, 1), has_aux=Tru
 @functools.cache
 def compiled_scoring(sizes):
     """The gradient of scoring compiled for (data, fsdp, tensor), and its inputs."""
-    mesh = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+    names = ("data", "fsdp", "tensor")
+    mesh = sharding.make_mesh(**dict(zip(names, sizes, strict=True)))
     with jax.set_mesh(mesh):
         arguments = on_mesh(mesh, sharded_states())
         return jax.jit(scoring_gradient).lower(*arguments).compile(), arguments

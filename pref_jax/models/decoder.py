@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pref_jax.axes import constrain, gather, per_device
 from pref_jax.models import attention as attention_lib
 from pref_jax.types import Model
 
@@ -248,8 +249,8 @@ def from_description(values: dict) -> DecoderConfig:
     return DecoderConfig(**values | {"period": period})
 
 
-# Logical axes of each parameter by the last two names of its path. `sharding` maps
-# logical axes to mesh axes; stacked layers have one more axis, "layers", in front.
+# Logical axes of each parameter by the last two names of its path. `pref_jax.axes` maps
+# them to mesh axes; stacked layers have one more axis, "layers", in front.
 PARAM_AXES = {
     "attention/query": ("embed", "heads", "head_dim"),
     "attention/key": ("embed", "kv_heads", "head_dim"),
@@ -363,7 +364,7 @@ def rotate(x, position, rotary: Rotary):
     return jnp.concatenate([*(y.astype(x.dtype) for y in turned), rest], axis=-1)
 
 
-def _project(x, matrix, bias, adapter, *, inputs: int = 1):
+def _project(x, matrix, bias, adapter, axes, *, inputs: int = 1):
     """x, over its last `inputs` axes, times a matrix; plus bias and low-rank adapter.
 
     Args:
@@ -371,12 +372,17 @@ def _project(x, matrix, bias, adapter, *, inputs: int = 1):
       matrix: nnx.Param [*in, *out].
       bias: nnx.Param [*out] or None.
       adapter: {"a": [*in, rank], "b": [rank, *out]} or None: a @ b is added.
+      axes: logical ones of the matrix.
       inputs: axes of `in`.
     """
-    out = jnp.tensordot(x, matrix[...].astype(x.dtype), inputs)
+
+    def times(x, matrix, axes, inputs):
+        return jnp.tensordot(x, gather(matrix.astype(x.dtype), axes), inputs)
+
+    out = times(x, matrix[...], axes, inputs)
     if adapter is not None:
-        low = jnp.tensordot(x, adapter["a"].astype(x.dtype), inputs)
-        out += jnp.tensordot(low, adapter["b"].astype(x.dtype), 1)
+        low = times(x, adapter["a"], (*axes[:inputs], "rank"), inputs)
+        out += times(low, adapter["b"], ("rank", *axes[inputs:]), 1)
     if bias is not None:
         out += _with_leading_axes(bias[...].astype(x.dtype), out.ndim)
     return out
@@ -411,7 +417,9 @@ class Attention(nnx.Module):
     def __call__(self, x, position, attend, adapters):
         """[..., D] -> [..., D], and what `attend` keeps."""
         query, key, value = (
-            _project(x, matrix, bias, adapters.get(name))
+            _project(
+                x, matrix, bias, adapters.get(name), PARAM_AXES[f"attention/{name}"]
+            )
             for name, matrix, bias in (
                 ("query", self.query, self.query_bias),
                 ("key", self.key, self.key_bias),
@@ -424,7 +432,14 @@ class Attention(nnx.Module):
             query = rotate(query, position, self.kind.rotary)
             key = rotate(key, position, self.kind.rotary)
         out, kept = attend(query, key, value, self.kind.window)
-        out = _project(out, self.out, self.out_bias, adapters.get("out"), inputs=2)
+        out = _project(
+            out,
+            self.out,
+            self.out_bias,
+            adapters.get("out"),
+            PARAM_AXES["attention/out"],
+            inputs=2,
+        )
         return out, kept
 
 
@@ -445,13 +460,18 @@ class MLP(nnx.Module):
     def __call__(self, x, adapters):
         """[..., D] -> [..., D]."""
         activation = ACTIVATIONS[self.activation]
-        inner = _project(x, self.up, self.up_bias, adapters.get("up"))
+
+        def project(x, name, matrix, bias):
+            return _project(
+                x, matrix, bias, adapters.get(name), PARAM_AXES[f"mlp/{name}"]
+            )
+
+        inner = project(x, "up", self.up, self.up_bias)
         if self.gate is None:
             inner = activation(inner)
         else:
-            gate = _project(x, self.gate, self.gate_bias, adapters.get("gate"))
-            inner = activation(gate) * inner
-        return _project(inner, self.down, self.down_bias, adapters.get("down"))
+            inner = activation(project(x, "gate", self.gate, self.gate_bias)) * inner
+        return project(inner, "down", self.down, self.down_bias)
 
 
 class Block(nnx.Module):
@@ -476,11 +496,13 @@ class Block(nnx.Module):
             normed, position, attend, adapters.get("attention", {})
         )
         after = x + _optional(self.attention_post_norm, out)
+        after = constrain(after, "rows", None, "width")
         out = self.mlp(
             _optional(self.mlp_norm, x if self.parallel else after),
             adapters.get("mlp", {}),
         )
-        return after + _optional(self.mlp_post_norm, out), kept
+        after += _optional(self.mlp_post_norm, out)
+        return constrain(after, "rows", None, "width"), kept
 
 
 def _optional(norm, x):
@@ -536,13 +558,15 @@ class Decoder(nnx.Module):
         keeps is (new carry, output stacked over layers). `adapters` has the layout of
         the blocks, with {"a", "b"} in the place of a matrix; {}: none.
         """
-        x = self.embedding[...][tokens].astype(jnp.float32)
-        x *= self.config.embedding_scale
+        # A device looks up its part of the width for all rows that share it, then the
+        # devices exchange rows for widths: the table itself is never gathered.
+        x = constrain(self.embedding[...][tokens], "fsdp_rows", None, "embed")
+        x = x.astype(jnp.float32) * self.config.embedding_scale
         if self.positions is not None:
             # NaN, not the last one, where there is none.
             learned = jnp.take(self.positions[...], position, axis=0, mode="fill")
             x += learned.astype(jnp.float32)
-        x = x.astype(self.config.dtype)
+        x = constrain(x.astype(self.config.dtype), "rows", None, "width")
         period = len(self.config.period)
         kept = []
         if self.num_periods:
@@ -657,15 +681,24 @@ def _attention_options(config):
     return {"scale": config.attention_scale, "softcap": config.attention_softcap}
 
 
-def _hidden(walk, config, params, tokens, position, end):
-    attention = attention_lib.IMPLEMENTATIONS[config.attention]
-    options = _attention_options(config)
+def _attention(config, query, key, value, position, end, window):
+    """Each device attends over its own rows and heads."""
+    attention = functools.partial(
+        attention_lib.IMPLEMENTATIONS[config.attention],
+        window=window,
+        **_attention_options(config),
+    )
+    heads = ("rows", None, "kv_heads", None)
+    names = (heads, heads, heads, ("rows", None), ("rows", None))
+    return per_device(attention, names, heads)(query, key, value, position, end)
 
+
+def _hidden(walk, config, params, tokens, position, end):
     def make_attend(carry, layer):
         del layer
 
         def attend(query, key, value, window):
-            out = attention(query, key, value, position, end, window=window, **options)
+            out = _attention(config, query, key, value, position, end, window)
             return out, (carry, ())
 
         return attend
@@ -684,8 +717,6 @@ def _init_cache(config, num_prompts, prompt_length, num_samples, num_steps):
 
 
 def _prefill(walk, config, params, tokens, length, cache):
-    attention = attention_lib.IMPLEMENTATIONS[config.attention]
-    options = _attention_options(config)
     index = jnp.arange(tokens.shape[1])
     # Padding sees and is seen by itself alone; `length` hides it from the samples.
     position = jnp.where(index[None] < length[:, None], index[None], 0)
@@ -695,7 +726,7 @@ def _prefill(walk, config, params, tokens, length, cache):
         del layer
 
         def attend(query, key, value, window):
-            out = attention(query, key, value, position, end, window=window, **options)
+            out = _attention(config, query, key, value, position, end, window)
             kept = {"key": key, "value": value}
             return out, (carry, {k: x.swapaxes(1, 2) for k, x in kept.items()})
 

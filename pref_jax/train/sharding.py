@@ -1,12 +1,12 @@
-"""Mesh, parameter rules, placement: where arrays live, decided in one place.
+"""Mesh, shardings, placement: where the arrays of a run live.
 
-One mesh with the axes data, fsdp and tensor. Rows are sharded over the first two.
-Parameters follow rules on the logical axes that the model names; a parameter that no
-rule covers is an error, not a replica.
+One mesh with the axes of `pref_jax.axes`. Parameters follow its rules on the logical
+axes that the model names; a parameter that no rule covers is an error, not a replica.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 
@@ -15,58 +15,54 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pref_jax.axes import MESH_AXES, ROW_AXES, RULES
 from pref_jax.train.state import TrainState
 from pref_jax.types import PyTree
 
-MESH_AXES = ("data", "fsdp", "tensor")
-
-ROW_AXES = ("data", "fsdp")
-"""Mesh axes over which the rows of a batch are split."""
-
-RULES = {
-    "layers": None,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "norm": None,
-    "bias": None,
-    "positions": None,
-    "rank": None,
-}
-"""Logical axis of a parameter -> mesh axis that it is split over, or None."""
-
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of all devices.
+    """A mesh of all devices; of several slices, if the devices say that they are.
 
     Args:
-      data: devices that hold different rows and all parameters; -1: what is left.
+      data: devices of a slice that hold different rows and all parameters; -1: what is
+        left.
       fsdp: devices that hold different rows and parts of the parameters.
       tensor: devices that split the products of one row.
       devices: None: all of the process group.
 
     Raises:
-      ValueError: the product is not the number of devices.
+      ValueError: the product is not the number of devices of a slice, or the slices
+        differ in size.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    # Only TPUs have slices, each a network of its own.
+    of_slices = collections.Counter(getattr(d, "slice_index", 0) for d in devices)
+    num_slices, size = len(of_slices), len(devices) // len(of_slices)
+    if len(set(of_slices.values())) > 1:
+        raise ValueError(
+            f"the slices have {sorted(of_slices.values())} devices; all need the same "
+            f"number."
+        )
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if data == -1:
-        sizes["data"] = len(devices) // max(1, fsdp * tensor)
-    if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != len(devices):
+        sizes["data"] = size // max(1, fsdp * tensor)
+    if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != size:
+        each = " of each slice" if num_slices > 1 else ""
         raise ValueError(
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use "
-            f"{len(devices)} devices; their product must be that number."
+            f"{size} devices{each}; their product must be that number."
         )
+    shape = (1, *sizes.values())
+    if num_slices > 1:
+        from jax.experimental import mesh_utils
+
+        found = mesh_utils.create_hybrid_device_mesh(
+            shape, (num_slices, 1, 1, 1), devices
+        )
+    else:
+        found = jax.make_mesh(shape, MESH_AXES, devices=devices).devices
     # Explicit axes, jax's default, would put shardings into types.
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
-    )
+    return Mesh(found, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -92,7 +88,7 @@ def param_shardings(mesh: Mesh, param_axes: PyTree, params: PyTree) -> PyTree:
         if unknown or len(axes) != len(leaf.shape):
             raise ValueError(
                 f"parameter {name} of shape {leaf.shape} has the logical axes {axes}; "
-                f"each needs a rule in `sharding.RULES`."
+                f"each needs a rule in `axes.RULES`."
             )
         spec = [RULES[axis] for axis in axes]
         for axis, mesh_axis, size in zip(axes, spec, leaf.shape, strict=True):

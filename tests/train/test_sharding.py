@@ -35,10 +35,9 @@ quick_compiles = pytest.fixture(autouse=True, scope="module")(tiny_stage.quick_c
 )
 def test_a_mesh_uses_every_device(sizes, shape, row_shards):
     mesh = sharding.make_mesh(**sizes)
-    assert tuple(mesh.shape.items()) == tuple(
-        zip(("data", "fsdp", "tensor"), shape, strict=True)
-    )
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    names = ("slice", "data", "fsdp", "tensor")
+    assert tuple(mesh.shape.items()) == tuple(zip(names, (1, *shape), strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     assert sharding.num_row_shards(mesh) == row_shards
 
 
@@ -131,7 +130,7 @@ def test_each_device_gets_its_own_rows():
         np.testing.assert_array_equal(placed[name], batch[name])
         parts = np.split(batch[name], 4)
         for shard in placed[name].addressable_shards:
-            data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
+            _, data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
             np.testing.assert_array_equal(shard.data, parts[2 * data + fsdp])
 
 
