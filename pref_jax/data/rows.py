@@ -283,20 +283,31 @@ def plan_shape(
     )
 
 
-def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
+def pack(
+    groups: Sequence[TokenGroup],
+    shape: RowShape,
+    *,
+    num_tokens: Sequence[int] | None = None,
+    own: Sequence[int] | None = None,
+) -> ResponseBatch:
     """Lay groups into the rows of one batch.
 
     Args:
       groups: at most as many as fit `shape`; the slots that are left are empty.
       shape: the static sizes.
+      num_tokens: positions that each group takes, where it is known without reading it.
+      own: numbers of the rows to build, in their order; only their groups are read, and
+        the first one, which says which fields there are. None: all rows.
 
     Returns:
-      A `ResponseBatch` of NumPy arrays.
+      A `ResponseBatch` of NumPy arrays, of all rows or of its own.
 
     Raises:
       ValueError: the groups do not fit the shape, or differ in K or in extras.
     """
-    rows = first_fit([group.num_tokens for group in groups], shape.row_length)
+    if num_tokens is None:
+        num_tokens = [group.num_tokens for group in groups]
+    rows = first_fit(num_tokens, shape.row_length)
     per_row = max((len(row) for row in rows), default=0)
     if len(rows) > shape.num_rows or per_row > shape.groups_per_row:
         raise ValueError(
@@ -304,14 +315,20 @@ def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
             f"the shape has {shape.num_rows} rows of {shape.groups_per_row}. Plan the "
             f"shape over all batches of the run with `plan_shape`."
         )
-    _check_extras(groups)
+    first = groups[0] if groups else None
+    if own is not None:
+        rows = [rows[g] if g < len(rows) else [] for g in own]
+        shape = dataclasses.replace(shape, num_rows=len(rows))
+    groups = {index: groups[index] for members in rows for index in members}
+    read = [*groups.values()] if first is None else [first, *groups.values()]
+    _check_extras(read)
     num_rows, row_length = shape.num_rows, shape.row_length
     num_groups = num_rows * shape.groups_per_row
     axes = {
         "B": num_groups,
         "K": shape.num_responses,
         "T": shape.num_targets,
-        "M": _num_sources(groups),
+        "M": _num_sources(read),
     }
     row = {name: np.zeros((num_rows, row_length), np.int32) for name in _ROW_FIELDS}
     row["end"][:] = np.arange(1, row_length + 1)
@@ -323,19 +340,19 @@ def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
         "labels": np.zeros((axes["B"], axes["K"]), np.float32),
         "loss_mask": np.zeros((axes["B"], axes["K"], axes["T"]), bool),
     }
-    has_steps = bool(groups) and groups[0].step_ids is not None
+    has_steps = first is not None and first.step_ids is not None
     step_ids = np.zeros(slot["loss_mask"].shape, np.int32) if has_steps else None
     record = np.full(num_groups, -1, np.int32)
     extras = {
         name: np.zeros([axes[axis] for axis in EXTRAS[name]], np.float32)
-        for name in (groups[0].extras if groups else ())
+        for name in (first.extras if first is not None else ())
     }
     for g, members in enumerate(rows):
         cursor, scored = 0, []
         for e, index in enumerate(members):
             group = groups[index]
             b = g * shape.groups_per_row + e
-            _check_group(group, shape, groups[0])
+            _check_group(group, shape, first)
             record[b] = group.record
             slot["labels"][b] = group.labels
             slot["valid"][b] = True
@@ -349,7 +366,7 @@ def pack(groups: Sequence[TokenGroup], shape: RowShape) -> ResponseBatch:
                 if has_steps:
                     step_ids[b, k, :n] = group.step_ids[k]
             cursor += group.num_tokens
-        positions = np.concatenate(scored)
+        positions = np.concatenate(scored) if scored else np.zeros(0, np.int32)
         if len(positions) > shape.num_predict:
             raise ValueError(
                 f"row {g} scores {len(positions)} positions; the shape has "
@@ -497,14 +514,18 @@ def _fill_extras(extras, b, group: TokenGroup) -> None:
             extras[name][b] = value
 
 
-def count_batch(batch: ResponseBatch) -> dict[str, int]:
-    """Real tokens (no padding) and prompts of a host batch, for rates."""
-    used = np.where(batch.valid, batch.start + batch.length + 1, 0)
+def count_batch(batch: ResponseBatch) -> dict:
+    """Real tokens (no padding) and prompts of a batch, for rates.
+
+    Args:
+      batch: of NumPy arrays, or of device arrays: it may be compiled.
+
+    Returns:
+      {"tokens", "examples"}, each i32[] or i64[].
+    """
+    used = (batch.start + batch.length + 1) * batch.valid
     per_row = used.reshape(batch.tokens.shape[0], -1).max(axis=1)
-    return {
-        "tokens": int(per_row.sum()),
-        "examples": int(batch.valid.any(axis=1).sum()),
-    }
+    return {"tokens": per_row.sum(), "examples": batch.valid.any(axis=1).sum()}
 
 
 def show_batch(

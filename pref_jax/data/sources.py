@@ -48,12 +48,15 @@ class Batches(Sequence):
       indices: batch number -> indices of its groups.
       num_batches: how many there are.
       shape: one shape for all of them.
+      own: numbers of the rows that are built, those of this process's devices; None:
+        all. Every process draws the same groups and lays them into the same rows.
     """
 
     groups: Sequence[TokenGroup]
     indices: Callable[[int], Sequence[int]]
     num_batches: int
     shape: rows.RowShape
+    own: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return self.num_batches
@@ -61,7 +64,34 @@ class Batches(Sequence):
     def __getitem__(self, number: int) -> ResponseBatch:
         if not 0 <= number < self.num_batches:
             raise IndexError(f"batch {number} of {self.num_batches}")
-        return rows.pack([self.groups[i] for i in self.indices(number)], self.shape)
+        members = self.indices(number)
+        if self.own is None:
+            return rows.pack([self.groups[i] for i in members], self.shape)
+        num_tokens = self.num_tokens[np.asarray(members)].tolist()
+        groups = _Chosen(self.groups, members)
+        return rows.pack(groups, self.shape, num_tokens=num_tokens, own=self.own)
+
+    @functools.cached_property
+    def num_tokens(self) -> np.ndarray:
+        """i64[N]: positions that each group takes."""
+        return rows.measure(self.groups).num_tokens
+
+    def of_rows(self, own: Sequence[int] | None) -> Batches:
+        """The same batches, of which only these rows are built."""
+        return dataclasses.replace(self, own=own)
+
+
+class _Chosen(Sequence):
+    """Some of the groups, each read when it is asked for."""
+
+    def __init__(self, groups, members):
+        self._groups, self._members = groups, members
+
+    def __len__(self):
+        return len(self._members)
+
+    def __getitem__(self, index):
+        return self._groups[self._members[index]]
 
 
 def fit_groups(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from pref_jax import processes
 from pref_jax.train.checkpoint import Checkpoints, PreemptionGuard
 from pref_jax.train.logging import MetricsLog, Progress, Throughput
 from pref_jax.train.run import write_json
@@ -26,6 +27,8 @@ from pref_jax.train.state import TrainState
 from pref_jax.types import PyTree
 
 DONE_FILE = "done.json"
+
+_COUNTS = ("tokens", "examples")
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +89,6 @@ def fit(
     source,
     place: Callable,
     validate: Callable[[TrainState], dict[str, float]],
-    count: Callable[[PyTree], dict[str, int]],
     guard: PreemptionGuard,
     unit: str = "pairs",
     flops_per_token: float | None = None,
@@ -100,10 +102,10 @@ def fit(
       folder: of the stage.
       config: when to stop, validate and save.
       step: compiled (state, batch) -> (state, outputs), as `compile_train_step` makes.
+        It observes what `observing` says.
       source: a `Source` of host batches.
       place: host batch -> placed batch.
       validate: state -> metrics, `best` among them; called at validations.
-      count: host batch -> {"tokens": real tokens, "examples": prompts}.
       guard: says when to stop.
       unit: what the progress line calls an example.
       flops_per_token: of a step, forward and backward; None: no MFU estimate.
@@ -119,7 +121,7 @@ def fit(
         stays the latest.
     """
     done = folder / DONE_FILE
-    if done.is_file():
+    if processes.agree(done.is_file()):
         return Fitted(**json.loads(done.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
     with _open_checkpoints(folder, config) as checkpoints:
@@ -137,18 +139,28 @@ def fit(
         with log, Progress(name, config.num_steps, unit=unit) as progress:
             run.start(log, progress)
             while run.step < config.num_steps and not run.finished:
-                host_batch = source(state)
-                batch = place(host_batch)
+                batch = place(source(state))
                 with jax.transfer_guard("disallow"):
                     state, outputs = step(state, batch)
-                run.advance(state, outputs, host_batch.record, count(host_batch))
+                run.advance(state, outputs)
         result = Fitted(
             steps=run.step,
             best_step=checkpoints.best_step() if config.best else None,
             seconds=run.seconds,
         )
-    write_json(done, dataclasses.asdict(result))
+    if processes.is_first():
+        write_json(done, dataclasses.asdict(result))
+    processes.wait(f"{folder.name} is done")
     return result
+
+
+def observing(count: Callable[[PyTree], dict]) -> Callable[[PyTree], dict]:
+    """What `fit` needs to know of each batch: the `observe` of a train step.
+
+    Args:
+      count: batch -> {"tokens": real tokens, "examples": prompts}, to be compiled.
+    """
+    return lambda batch: {**count(batch), "record": batch.record}
 
 
 def _release(state: TrainState) -> TrainState:
@@ -196,7 +208,7 @@ class _Loop:
         self.step = 0
         self.best, self.stale = None, 0  # best validation, validations since then
         self.seconds = 0.0
-        self._pending = None  # outputs, records and counts of a step not read yet
+        self._pending = None  # outputs of a step that are not read yet
 
     def restore(self, meta: dict) -> None:
         self.step, self.seconds = meta["step"], meta["seconds"]
@@ -211,11 +223,11 @@ class _Loop:
         """Whether patience has run out."""
         return self.config.patience is not None and self.stale >= self.config.patience
 
-    def advance(self, state, outputs, records, counts) -> None:
+    def advance(self, state, outputs) -> None:
         """Take one step's outputs; read the step before; validate and save if due."""
         self._read_pending()
         self.step += 1
-        self._pending = outputs, records, counts
+        self._pending = outputs
         last = self.step == self.config.num_steps
         stop = self.guard.agreed(self.step)
         validate = last or self.step % self.config.validate_every == 0
@@ -262,15 +274,17 @@ class _Loop:
     def _read_pending(self) -> None:
         if self._pending is None:
             return
-        (outputs, records, counts), self._pending = self._pending, None
+        outputs, self._pending = self._pending, None
         outputs = jax.device_get(outputs)  # waits for the step
+        records = outputs["observed"]["record"]
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self.seconds += seconds
         metrics = {name: float(x) for name, x in sorted(outputs["metrics"].items())}
         self.log.write(self.step, metrics, {"step": seconds})
-        bad = np.asarray(records)[~np.asarray(outputs["finite"])]
+        bad = records[~outputs["finite"]]
         self._check_finite(metrics, bad if bad.size else records)
+        counts = {name: int(outputs["observed"][name]) for name in _COUNTS}
         rates = self.throughput.add(seconds=seconds, **counts)
         self.progress.update(self.step, metrics, rates)
 

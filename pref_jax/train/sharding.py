@@ -70,6 +70,30 @@ def num_row_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[name] for name in ROW_AXES]))
 
 
+def own_rows(mesh: Mesh, num_rows: int) -> list[int] | None:
+    """Numbers of the rows that the devices of this process hold; None: all of them.
+
+    Args:
+      mesh: of `make_mesh`.
+      num_rows: of the whole batch, a multiple of `num_row_shards`.
+    """
+    own = _own_shards(mesh)
+    if len(own) == num_row_shards(mesh):
+        return None
+    size = num_rows // num_row_shards(mesh)
+    return [row for shard in own for row in range(shard * size, (shard + 1) * size)]
+
+
+def _own_shards(mesh) -> list[int]:
+    """Which parts of the rows, of `num_row_shards`, devices of this process hold."""
+    sharding, shards = (
+        NamedSharding(mesh, PartitionSpec(ROW_AXES)),
+        num_row_shards(mesh),
+    )
+    indices = sharding.addressable_devices_indices_map((shards,)).values()
+    return sorted({index[0].indices(shards)[0] for index in indices})
+
+
 def param_shardings(mesh: Mesh, param_axes: PyTree, params: PyTree) -> PyTree:
     """The sharding of each parameter by the rules on its logical axes.
 
@@ -142,26 +166,34 @@ def state_shardings(
 
 
 def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
-    """Put a host batch on the mesh, rows split over data and fsdp.
+    """Put a host batch on the mesh, rows split over slice, data and fsdp.
 
-    Each process gives its own devices their rows and no others.
+    Args:
+      mesh: of `make_mesh`.
+      batch: of the rows that this process's devices hold, `own_rows`; with one process
+        these are all rows.
 
     Raises:
       ValueError: a leading axis is not a multiple of the number of row shards.
     """
     sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES))
-    shards = num_row_shards(mesh)
+    shards, own = num_row_shards(mesh), _own_shards(mesh)
 
     def place(leaf):
         leaf = np.asarray(leaf)
-        if leaf.shape[0] % shards:
+        if leaf.shape[0] % len(own):
             raise ValueError(
-                f"a batch of {leaf.shape[0]} rows cannot be split over {shards} "
+                f"a batch of {leaf.shape[0]} rows cannot be split over {len(own)} "
                 f"devices; build it with `rows_multiple` a multiple of {shards}."
             )
-        return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: leaf[index]
-        )
+        size = leaf.shape[0] // len(own)
+
+        def part(index):
+            first = own.index(index[0].indices(shards * size)[0] // size) * size
+            return leaf[first : first + size]
+
+        shape = (shards * size, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(place, batch)
 

@@ -14,8 +14,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pref_jax import processes
 from pref_jax.method import Method
 from pref_jax.train import loop, sharding
 from pref_jax.train.checkpoint import PreemptionGuard
@@ -65,7 +66,7 @@ def train_stage(
     anchor: PyTree,
     source,
     validation: Sequence,
-    count: Callable[[PyTree], dict[str, int]],
+    count: Callable[[PyTree], dict],
     mesh: Mesh,
     seed: int,
     guard: PreemptionGuard,
@@ -85,7 +86,8 @@ def train_stage(
       anchor: parameters of the anchor or `()`; with `frozen`, `()` is the base itself.
       source: of host batches, as many as the stage has steps.
       validation: host batches.
-      count: host batch -> {"tokens", "examples"}.
+      count: batch -> {"tokens": real tokens, "examples": prompts}, compiled with the
+        step.
       mesh: of `sharding.make_mesh`.
       seed: of the state's key.
       guard: says when to stop.
@@ -118,6 +120,7 @@ def train_stage(
         optimizer,
         schedule=make_schedule(config.optimizer, num_steps),
         num_microbatches=config.num_microbatches,
+        observe=loop.observing(count),
     )
     frozen_axes = model.param_axes(frozen) if jax.tree.leaves(frozen) else ()
     with jax.set_mesh(mesh):
@@ -136,7 +139,8 @@ def train_stage(
         )
         frozen = jax.device_put(frozen, shardings.frozen)
         state = dataclasses.replace(state, frozen=frozen)
-        eval_step = jax.jit(make_eval_step(method, model))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        eval_step = jax.jit(make_eval_step(method, model), out_shardings=everywhere)
 
         def place(batch):
             return sharding.place_batch(mesh, batch)
@@ -155,7 +159,6 @@ def train_stage(
             source=source,
             place=place,
             validate=validate,
-            count=count,
             guard=guard,
             unit=unit,
             flops_per_token=_step_flops_per_token(model, anchor, frozen),
@@ -176,11 +179,15 @@ def _claim_folder(
 ) -> None:
     """Describe a new stage; an old one must have been started with the same."""
     values = as_read_back(dataclasses.asdict(config))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, new in ((CONFIG_FILE, values), (MODEL_FILE, description)):
+    files = {CONFIG_FILE: values, MODEL_FILE: description}
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, new in files.items():
+            if not (folder / file).exists():
+                write_json(folder / file, new)
+    processes.wait(f"{folder.name} is described")
+    for file, new in files.items():
         path = folder / file
-        if not path.exists():
-            write_json(path, new)
         old = json.loads(path.read_text())
         changed = differences(_what_counts(old), _what_counts(new))
         if changed:

@@ -119,6 +119,7 @@ def make_train_step(
     *,
     schedule: optax.Schedule | None = None,
     num_microbatches: int = 1,
+    observe: Callable[[PyTree], PyTree] | None = None,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict]]:
     """One update by the gradient of the batch's weighted mean loss.
 
@@ -130,12 +131,15 @@ def make_train_step(
       num_microbatches: parts of the batch that are computed one after the other; loss,
         metrics and gradient are those of the whole batch. With more than one, what
         looks across the batch (`losses.batch_coupled`) is an error.
+      observe: batch -> arrays that the caller wants to know of the whole batch, which
+        no process holds on several hosts, such as its number of tokens.
 
     Returns:
       (state, batch) -> (state, outputs). `outputs["metrics"]` are float32 scalars: the
       loss, the method's metrics, `grad_norm` and `update_norm` of this update, and
       `learning_rate` if there is a schedule.
       `outputs["finite"]` is bool[B]: whether the loss of each group is a finite number.
+      `outputs["observed"]` is what `observe` returns, if it is given.
     """
 
     def step(state: TrainState, batch):
@@ -182,7 +186,10 @@ def make_train_step(
             data=state.data + 1,
             frozen=state.frozen,
         )
-        return state, {"metrics": metrics, "finite": finite}
+        outputs = {"metrics": metrics, "finite": finite}
+        if observe is not None:
+            outputs["observed"] = observe(batch)
+        return state, outputs
 
     return step
 

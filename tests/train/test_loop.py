@@ -73,7 +73,9 @@ class Stage:
             return DPO.reward(*args)
 
         method = dataclasses.replace(DPO, reward=reward)
-        step = make_train_step(method, SHALLOW, self.optimizer)
+        step = make_train_step(
+            method, SHALLOW, self.optimizer, observe=loop.observing(rows.count_batch)
+        )
         self.step = sharding.compile_train_step(step, self.mesh, self.shardings)
 
     def make_batches(self, groups):
@@ -100,7 +102,6 @@ class Stage:
             "source": sources.OfflineSource(self.batches),
             "place": lambda batch: sharding.place_batch(self.mesh, batch),
             "validate": lambda state: {"validation/loss": float(state.step)},
-            "count": rows.count_batch,
             "guard": PreemptionGuard(),
         } | options
         with jax.set_mesh(self.mesh):
