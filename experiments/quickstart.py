@@ -44,7 +44,7 @@ from experiments.worlds.pipeline import (
     sample_pairs,
     store_anchor,
 )
-from pref_jax import anchors, model_folders, report, rewards
+from pref_jax import anchors, model_folders, processes, report, rewards
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.losses.pairwise import logistic_loss
@@ -265,14 +265,14 @@ def make_task(config: Config) -> tasks.Task:
 _PAIR_USE, _HELDOUT_USE, _EVAL_USE = 1, 2, 3  # draws that must differ
 
 
-def make_model(config: Config, task: tasks.Task):
-    """The model and its initial parameters: yours, or fresh."""
+def make_model(config: Config, task: tasks.Task, mesh):
+    """The model and its initial parameters on a mesh: yours, or fresh."""
     sizes = config.decoder
     compute = {name: getattr(sizes, name) for name in ("dtype", "attention", "remat")}
     if config.model is not None:
         found, params = model_folders.load(
             config.model,
-            mesh=sharding.make_mesh(),
+            mesh=mesh,
             max_positions=config.max_positions,
             **compute,
         )
@@ -284,7 +284,7 @@ def make_model(config: Config, task: tasks.Task):
         **dataclasses.asdict(sizes),
     )
     model = decoder.make_decoder(fresh)
-    return model, jax.jit(model.init)(jax.random.key(config.seed))
+    return model, sharding.init_params(model, mesh, jax.random.key(config.seed))
 
 
 def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
@@ -506,13 +506,16 @@ def run_config(config: Config) -> pathlib.Path:
     values = dataclasses.asdict(config)
     # Before the folder: a bad row or a wrong tokenizer leaves none behind.
     task = make_task(config)
-    model, params = make_model(config, task)
+    mesh = sharding.make_mesh()
+    model, params = make_model(config, task, mesh)
     with (
         run_lib.open_run(config.root, config=values, name=config.name) as folder,
         PreemptionGuard() as guard,
     ):
         _logger.info("run folder: %s", folder)
-        task.encoder.save_tokenizer(folder / model_folders.TOKENIZER_FOLDER)
+        if processes.is_first():
+            task.encoder.save_tokenizer(folder / model_folders.TOKENIZER_FOLDER)
+        processes.wait("the tokenizer is saved")
         first = "" if config.data else "base, "
         last = "DPO, control, evaluation"
         _logger.info("stages: %sSFT, pairs, %s", first, last)
@@ -526,7 +529,7 @@ def run_config(config: Config) -> pathlib.Path:
         pipeline = Pipeline(
             folder=folder,
             guard=guard,
-            mesh=sharding.make_mesh(),
+            mesh=mesh,
             model=model,
             encoder=task.encoder,
             seed=config.seed,
@@ -539,7 +542,8 @@ def run_config(config: Config) -> pathlib.Path:
         seconds = time.perf_counter() - began
         finished = make_report(config, task, pipeline, **results, seconds=seconds)
         page = folder / "report.html"
-        report.write_report(finished, page)
+        if processes.is_first():
+            report.write_report(finished, page)
         record = {
             "experiment": "quickstart",
             "results": summarise(**results),
@@ -549,12 +553,15 @@ def run_config(config: Config) -> pathlib.Path:
             "starts": run_lib.count_starts(folder),
             "report": report.to_json(finished),
         }
-        run_lib.write_json(folder / run_lib.RECORD_FILE, record)
+        if processes.is_first():
+            run_lib.write_json(folder / run_lib.RECORD_FILE, record)
+        processes.wait("the record is written")
         return page
 
 
 def main() -> None:
     """The command line."""
+    processes.initialize()
     configure_logging()
     try:
         config = run_lib.parse_config(PRESETS, default="small", description=__doc__)
@@ -567,7 +574,8 @@ def main() -> None:
     except (ValueError, NonFiniteError) as error:  # what a user can act on
         _logger.debug("where it happened", exc_info=True)
         raise SystemExit(f"error: {error}") from None
-    print(f"report: {page}\n        {page.resolve().as_uri()}")
+    if processes.is_first():
+        print(f"report: {page}\n        {page.resolve().as_uri()}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def constrain(x, *names: str | None):
     return jax.lax.with_sharding_constraint(x, _fitting_spec(mesh, x.shape, names))
 
 
+def whole(tree):
+    """Ask for all arrays of a tree on every device: every process can read them."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x, names: tuple[str | None, ...]):
     """A parameter whole over fsdp, for one use; its gradient goes back to its parts.

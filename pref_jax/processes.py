@@ -8,9 +8,11 @@ costs or does anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -41,7 +43,11 @@ def initialize() -> None:
       ValueError: only some of the three variables are set.
     """
     given = [name for name in (_ADDRESS, _NUMBER, _ID) if os.environ.get(name)]
-    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    options = {
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        # A process that fails waits so long for the others, which wait for it.
+        "shutdown_timeout_seconds": HEARTBEAT_SECONDS,
+    }
     if _NUMBER in given or _ID in given:
         if len(given) < 3:
             raise ValueError(
@@ -98,6 +104,40 @@ def agree(value):
         letters[:] = np.frombuffer(text, np.uint8)
     letters = multihost_utils.broadcast_one_to_all(letters)
     return json.loads(np.asarray(letters, np.uint8).tobytes())
+
+
+def any_of(flags) -> np.ndarray:
+    """bool[N]: where a flag is set on any process.
+
+    Args:
+      flags: bool[N], of this process.
+
+    >>> any_of([False, True]).tolist()
+    [False, True]
+    """
+    flags = np.asarray(flags, bool)
+    if jax.process_count() == 1:
+        return flags
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(flags)).any(axis=0)
+
+
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+    """A block that the first process has left before any other enters it.
+
+    For files that the first makes, and that the others find there if they share the
+    folder, or make for themselves if they do not.
+
+    Args:
+      name: of the block; the same on every process.
+    """
+    if not is_first():
+        wait(name)
+    yield
+    if is_first():
+        wait(name)
 
 
 def check_same(name: str, value) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pref_jax.axes import constrain, whole
 from pref_jax.numerics import soft_cap
 from pref_jax.types import Model
 
@@ -135,6 +136,7 @@ def make_sampler(
         return tokens, _logps(logits, tokens)
 
     def sample(params, prompts, length, keys):
+        prompts, length = constrain(prompts, "rows", None), constrain(length, "rows")
         num_prompts, num_samples = prompts.shape[0], config.num_samples
         shape = (num_prompts, num_samples, config.max_new_tokens)
         kept = length - 1  # the last prompt token opens the branches
@@ -182,7 +184,7 @@ def make_sampler(
 
         first = jnp.broadcast_to(last, shape[:2])
         carry = (jnp.zeros((), jnp.int32), first, cache, samples)
-        return jax.lax.while_loop(unfinished, one_token, carry)[-1]
+        return whole(jax.lax.while_loop(unfinished, one_token, carry)[-1])
 
     longest = model.max_positions
     return Sampler(

@@ -1,6 +1,7 @@
 """A stage that trains in a moment, for the tests of `pref_jax.train`.
 
-As a command it trains DPO on one device, to be killed and started again:
+As a command it trains DPO on all devices of all processes, to be killed and started
+again:
 
     PYTHONPATH=. python tests/tiny_stage.py FOLDER
 
@@ -16,8 +17,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from pref_jax import anchors, rewards
+from pref_jax import anchors, processes, rewards
 from pref_jax.data import rows, sources
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
@@ -144,6 +146,11 @@ def make_batches(mesh, config=CONFIG) -> sources.Batches:
     )
 
 
+def own_rows(mesh, batches: sources.Batches) -> sources.Batches:
+    """The batches, of which this process builds its rows."""
+    return batches.of_rows(sharding.own_rows(mesh, batches.shape.num_rows))
+
+
 def _shape(mesh, config):
     return {
         "groups_per_step": config.groups_per_step,
@@ -156,12 +163,13 @@ def train(folder: pathlib.Path, *, mesh, guard, model=MODEL, config=CONFIG, **op
     """`train_stage` of `DPO` on random pairs; `options` replace its arguments."""
     params = make_params(0, model)
     heldout = make_groups(6, seed=1)
+    validation = sources.evaluation_batches(heldout, **_shape(mesh, config))
     arguments = {
         "method": DPO,
         "params": params,
         "anchor": params,
-        "source": sources.OfflineSource(make_batches(mesh, config)),
-        "validation": sources.evaluation_batches(heldout, **_shape(mesh, config)),
+        "source": sources.OfflineSource(own_rows(mesh, make_batches(mesh, config))),
+        "validation": own_rows(mesh, validation),
         "seed": 0,
     } | options
     return train_stage(
@@ -187,15 +195,18 @@ class SlowSource(sources.OfflineSource):
 
 def main() -> None:
     """The command line."""
+    processes.initialize()
     folder, mesh = pathlib.Path(sys.argv[1]), sharding.make_mesh()
-    source = SlowSource(make_batches(mesh))
+    source = SlowSource(own_rows(mesh, make_batches(mesh)))
     try:
         with PreemptionGuard() as guard:
             params, _ = train(folder, mesh=mesh, guard=guard, source=source)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE) from None
-    np.savez(folder / "params.npz", *jax.tree.leaves(params))
+    params = multihost_utils.process_allgather(params, tiled=True)
+    if processes.is_first():
+        np.savez(folder / "params.npz", *jax.tree.leaves(params))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pref_jax import model_folders
+from pref_jax import model_folders, processes
+from pref_jax.axes import whole
 from pref_jax.data import anchor_cache, rows, sources
 from pref_jax.data.records import Message
 from pref_jax.data.templates import TextEncoder
@@ -144,13 +146,19 @@ class Pipeline:
             _logger.warning("%s", text)
 
     def batches(self, groups, row_length: int, stage: StageConfig) -> sources.Batches:
-        """Every group once, in order."""
-        return sources.evaluation_batches(
-            groups,
-            groups_per_step=stage.groups_per_step,
-            row_length=row_length,
-            rows_multiple=sharding.num_row_shards(self.mesh),
+        """Every group once, in order; of each batch this process's rows."""
+        return self.own_rows(
+            sources.evaluation_batches(
+                groups,
+                groups_per_step=stage.groups_per_step,
+                row_length=row_length,
+                rows_multiple=sharding.num_row_shards(self.mesh),
+            )
         )
+
+    def own_rows(self, batches: sources.Batches) -> sources.Batches:
+        """The batches, of which this process builds what its devices hold."""
+        return batches.of_rows(sharding.own_rows(self.mesh, batches.shape.num_rows))
 
     def train(
         self,
@@ -212,7 +220,7 @@ class Pipeline:
             anchor=(),
             frozen=frozen,
             base=base,
-            source=sources.OfflineSource(batches),
+            source=sources.OfflineSource(self.own_rows(batches)),
             validation=self.batches(heldout, heldout_length, stage),
             count=rows.count_batch,
             mesh=self.mesh,
@@ -229,7 +237,10 @@ class Pipeline:
         settings = SamplingConfig(
             num_samples=num_samples, max_new_tokens=self.max_new_tokens
         )
-        with self.progress("sampling", len(prompts)) as count:
+        with (
+            jax.set_mesh(self.mesh),
+            self.progress("sampling", len(prompts)) as count,
+        ):
             return sample_responses(
                 _sampler(self.model, settings, self.encoder.end_ids),
                 params,
@@ -264,7 +275,12 @@ def _sampler(model: Model, settings: SamplingConfig, end_ids: tuple[int, ...]):
 
 @functools.cache
 def _compiled(function: Callable, model: Model):
-    return jax.jit(functools.partial(function, model))
+    """Every process gets the whole result."""
+
+    def call(*args, **options):
+        return whole(function(model, *args, **options))
+
+    return jax.jit(call)
 
 
 def prompt_text(prompt) -> str:
@@ -322,7 +338,7 @@ def sample_pairs(
     Raises:
       ValueError: no pair is left.
     """
-    if not path.exists():
+    if not processes.agree(path.exists()):
         samples = pipeline.sample(params, prompts, num_samples=num_samples, use=use)
         lines, counts = [], collections.Counter()
         for i, prompt in enumerate(prompts):
@@ -355,9 +371,11 @@ def sample_pairs(
                 f"no pair could be made of {len(prompts)} prompts: all grades are "
                 f"equal. Sample for more prompts, or look at the grade."
             )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(path)
+        with processes.first_before_others(path.name):
+            if not path.exists():
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                temporary.replace(path)
         _logger.info(
             "%s: %d pairs of %d prompts, %d of equal grades left out; %d responses "
             "were cut off",
@@ -400,7 +418,7 @@ def store_anchor(
         def logps(number, batch):
             count(number)
             placed = sharding.place_batch(pipeline.mesh, batch)
-            return np.asarray(score(params, placed).logp)
+            return score(params, placed).logp
 
         return anchor_cache.with_anchor_logps(
             groups,
@@ -425,7 +443,7 @@ def measure_preferences(
     """
     groups, row_length = pipeline.fit(groups)
     batches = pipeline.batches(groups, row_length, stage)
-    pair_metrics = jax.jit(functools.partial(_metrics, method, pipeline.model))
+    pair_metrics = _compiled(functools.partial(_metrics, method), pipeline.model)
     found = {
         name: {key: np.zeros(len(groups)) for key in ("accuracy", "margin")}
         for name in models
@@ -449,6 +467,12 @@ def measure_preferences(
 
 def _metrics(method, model, params, batch):
     return objective(method, model, params, (), batch)[2]
+
+
+def _mean_kl(model, params, batch, *, anchor_params):
+    """f32[B], mean over all tokens of a group's responses, and i32[B], which group."""
+    total = token_kl(model, params, batch, anchor_params=anchor_params).sum((1, 2))
+    return total / jnp.maximum(batch.loss_mask.sum((1, 2)), 1), batch.record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -513,7 +537,7 @@ def measure_responses(
         for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
     ]
     kl = np.zeros(len(groups))
-    exact_kl = _compiled(token_kl, pipeline.model)
+    exact_kl = _compiled(_mean_kl, pipeline.model)
     batches = pipeline.batches(groups, sources.longest_group(groups), stage)
     with (
         jax.set_mesh(pipeline.mesh),
@@ -522,7 +546,7 @@ def measure_responses(
         for number, batch in enumerate(batches):
             count(number)
             placed = sharding.place_batch(pipeline.mesh, batch)
-            tokens = np.asarray(exact_kl(params, placed, anchor_params=reference))
-            for b in np.flatnonzero(batch.record >= 0):
-                kl[batch.record[b]] = tokens[b].sum() / batch.loss_mask[b].sum()
+            means, numbers = exact_kl(params, placed, anchor_params=reference)
+            numbers = np.asarray(numbers)
+            kl[numbers[numbers >= 0]] = np.asarray(means)[numbers >= 0]
     return Measured(texts, parts, samples.length, samples.ended, kl)

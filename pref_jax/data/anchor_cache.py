@@ -11,6 +11,7 @@ and the model; another model, group or mask is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,8 +19,10 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pref_jax import axes, processes
 from pref_jax.data import token_cache
 from pref_jax.data.rows import LazyGroups, RowShape, measure, slots
 from pref_jax.data.sources import Batches
@@ -44,7 +47,7 @@ def with_anchor_logps(
       folder: of the cache of logps.
       batches: `sources.evaluation_batches` of the groups.
       score: (batch number, batch) -> f32[B, K, T], the anchor's logps, 0 outside the
-        mask.
+        mask; with several processes of the whole batch, on each of them.
       key: what the logps are made by, such as `params_identity` of the model.
 
     Returns:
@@ -54,29 +57,42 @@ def with_anchor_logps(
       CacheError: the folder holds logps of other groups or of another model.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    groups_per_file = len(batches.indices(0))
-    token_cache.check_key(
-        folder,
-        {
-            "rule": _RULE,
-            **groups_identity(groups),
-            "groups_per_file": str(groups_per_file),
-            **key,
-        },
-    )
-    if not (folder / _DONE_FILE).exists():
-        with token_cache.locked(folder):
-            for number in range(len(batches)):
+    key = {
+        "rule": _RULE,
+        **groups_identity(groups),
+        "groups_per_file": str(len(batches.indices(0))),
+        **key,
+    }
+    with processes.first_before_others(f"key of {folder.name}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        token_cache.check_key(folder, key)
+    done = folder / _DONE_FILE
+    if processes.any_of([not done.exists()])[0]:
+        # The first process alone: it is waited for by all others of this run.
+        lock = token_cache.locked(folder) if processes.is_first() else _no_lock()
+        with lock:
+            for number in _missing(folder, len(batches)):
+                logps = np.asarray(score(number, batches[number]), np.float32)
                 path = token_cache.shard_path(folder, number)
-                if not path.exists():
-                    members = [groups[i] for i in batches.indices(number)]
-                    logps = np.asarray(score(number, batches[number]), np.float32)
-                    token_cache.write_records(
-                        path, _by_group(members, batches.shape, logps)
-                    )
-            (folder / _DONE_FILE).write_text("{}\n")
+                with processes.first_before_others(path.name):
+                    if not path.exists():
+                        members = [groups[i] for i in batches.indices(number)]
+                        token_cache.write_records(
+                            path, _by_group(members, batches.shape, logps)
+                        )
+            with processes.first_before_others(f"{folder.name} is done"):
+                if not done.exists():
+                    done.write_text("{}\n")
     return AnchoredGroups(groups, folder)
+
+
+_no_lock = contextlib.nullcontext
+
+
+def _missing(folder: pathlib.Path, num_batches: int) -> list[int]:
+    """Batches whose file any process lacks: all of them score together."""
+    paths = [token_cache.shard_path(folder, number) for number in range(num_batches)]
+    return np.flatnonzero(processes.any_of([not p.exists() for p in paths])).tolist()
 
 
 class AnchoredGroups(LazyGroups):
@@ -125,15 +141,43 @@ def groups_identity(groups: Sequence[TokenGroup]) -> dict[str, str]:
 
 
 def params_identity(params: PyTree) -> str:
-    """A hash of parameters: names, shapes, types and every bit."""
+    """A hash of parameters: names, shapes, types and every bit.
+
+    It is computed where the parameters lie: nothing is gathered, and neither the mesh
+    nor the number of processes changes it. It tells other parameters apart, and is no
+    protection against someone who wants them taken for these.
+    """
 
     def parts():
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            array = np.asarray(jax.device_get(leaf))
-            yield f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
-            yield np.ascontiguousarray(array).view(np.uint8)
+            yield f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode()
+            yield np.asarray(_bit_sums(leaf))
 
     return _digest(parts())
+
+
+@jax.jit
+def _bit_sums(x):
+    """u32[2]: two sums, modulo 2^32, of a hash of every entry's bits and place."""
+    if x.dtype == bool:
+        x = x.astype(np.uint8)
+    if x.dtype.itemsize == 8:
+        x = jax.lax.bitcast_convert_type(x, np.uint32)
+    size = f"uint{8 * x.dtype.itemsize}"
+    bits = jax.lax.bitcast_convert_type(x, size).astype(np.uint32)
+    place = jnp.zeros(bits.shape, np.uint32)
+    for axis in range(bits.ndim):
+        index = jax.lax.broadcasted_iota(np.uint32, bits.shape, axis)
+        place = _mix(place + index)
+    sums = [_mix(bits ^ _mix(place + seed)).sum(dtype=np.uint32) for seed in (1, 2)]
+    return axes.whole(jnp.stack(sums))
+
+
+def _mix(x):
+    """Every bit of a 32-bit number moves about half of the bits of the result."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
 
 
 def _digest(parts) -> str:

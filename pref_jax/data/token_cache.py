@@ -302,7 +302,7 @@ def write_records(path: pathlib.Path, records: Sequence[bytes]) -> None:
     """Write a shard in one move: a kill leaves no half of it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     for record in records:
         writer.write(record)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pref_jax.axes import MESH_AXES, ROW_AXES, RULES
 from pref_jax.train.state import TrainState
-from pref_jax.types import PyTree
+from pref_jax.types import Model, PyTree
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -125,6 +125,19 @@ def param_shardings(mesh: Mesh, param_axes: PyTree, params: PyTree) -> PyTree:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, params, param_axes)
+
+
+def init_params(model: Model, mesh: Mesh, key: jax.Array) -> PyTree:
+    """Fresh parameters, drawn where the rules put them: no device holds all of them.
+
+    Args:
+      model: a `pref_jax.types.Model`.
+      mesh: of `make_mesh`; it does not change the values.
+      key: typed key.
+    """
+    shapes = jax.eval_shape(model.init, key)
+    shardings = param_shardings(mesh, model.param_axes(shapes), shapes)
+    return jax.jit(model.init, out_shardings=shardings)(key)
 
 
 def state_shardings(
