@@ -40,15 +40,17 @@ def initialize() -> None:
       under Open MPI.
 
     Raises:
-      ValueError: only some of the three variables are set.
+      ValueError: only some of the three variables are set. (The address alone is
+        right where jax finds out the rest.)
     """
     given = [name for name in (_ADDRESS, _NUMBER, _ID) if os.environ.get(name)]
+    detect = os.environ.get(_DETECT) == "1"
     options = {
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         # A process that fails waits so long for the others, which wait for it.
         "shutdown_timeout_seconds": HEARTBEAT_SECONDS,
     }
-    if _NUMBER in given or _ID in given:
+    if _NUMBER in given or _ID in given or (given and not detect):
         if len(given) < 3:
             raise ValueError(
                 f"several processes need {_ADDRESS}, {_NUMBER} and {_ID}; the "
@@ -60,7 +62,7 @@ def initialize() -> None:
             "num_processes": int(os.environ[_NUMBER]),
             "process_id": int(os.environ[_ID]),
         }
-    elif os.environ.get(_DETECT) != "1":
+    elif not detect:
         return
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -72,6 +72,7 @@ class Job:
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         }
         common.pop("XLA_FLAGS", None)
+        common["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they take longest
         self.children = []
         for number in range(num_processes):
             joined = {
