@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = "docs/records"
+GPU_RECORD = "benchmark_gpu"
 _KEPT = ("experiment", "results", "config", "environment", "seconds")
 _SLOT = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -143,6 +144,8 @@ def benchmarks(records) -> str:
     for name, record in records.items():
         if not name.startswith("benchmark_") or "parts" in record:
             continue
+        if name == GPU_RECORD:  # has a table of its own
+            continue
         ways = [f"{k} ({way['shape']})" for k, way in record["variants"].items()]
         ratios = [record.get(key) for key in ("time_ratio", "temp_bytes_ratio")]
         first = next(iter(record["variants"].values()))
@@ -193,6 +196,40 @@ def loading(records) -> str:
     columns = ["loader", "checkpoint", "seconds [quartiles]", "kept, GB"]
     columns += ["peak / kept", "largest device / kept"]
     return markdown(columns, rows)
+
+
+def gpu_benchmark(records) -> str:
+    """DPO of a billion parameters on one GPU, by us and by TRL."""
+    record = records.get(GPU_RECORD)
+    if record is None:
+        return "not run\n"
+    rows = []
+    for name, way in record["variants"].items():
+        if way.get("status") == "not run":
+            rows.append([name, f"not run: {way['reason']}", *5 * ["-"]])
+            continue
+        low, high = way["iqr_seconds"]
+        mfu, peak = way["mfu"], way["peak_bytes"]
+        rows.append(
+            [
+                name,
+                way["shape"],
+                f"{way['median_seconds']:.2f} [{low:.2f}, {high:.2f}]",
+                f"{way['pairs_rate']:.1f}",
+                f"{way['real_tokens_rate']:.0f}",
+                "-" if mfu is None else f"{100 * mfu:.1f} %",
+                "-" if peak is None else f"{peak / 1e9:.1f}",
+            ]
+        )
+    columns = ["", "shape", "seconds a step [quartiles]", "pairs/s", "real tokens/s"]
+    columns += ["MFU", "peak memory, GB"]
+    environment, ours = record["environment"], record["variants"]["pref_jax"]
+    text = f"\n{record['pairs_per_step']} pairs a step on {ours['device_kind']}"
+    text += f", jax {environment['versions']['jax']}"
+    versions = record["variants"]["TRL"].get("versions")
+    if versions:
+        text += f"; TRL {versions['trl']} with torch {versions['torch']}"
+    return markdown(columns, rows) + f"{text}; commit {environment['commit'][:12]}.\n"
 
 
 def loss_benchmarks(records) -> str:
@@ -295,6 +332,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-models": quickstart_models,
     "quickstart-setting": quickstart_setting,
     "benchmarks": benchmarks,
+    "gpu-benchmark": gpu_benchmark,
     "loading": loading,
     "loss-benchmarks": loss_benchmarks,
     "data-sets": data_sets,
