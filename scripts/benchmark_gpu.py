@@ -36,12 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import load_variants
 from pref_jax import anchors, rewards
 from pref_jax.data import rows, sources
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.method import Method, on_rewards
+from pref_jax.models import published
 from pref_jax.models.decoder import DecoderConfig, make_decoder
+from pref_jax.models.flops import FORMULA, forward_flops
 from pref_jax.train.logging import peak_flops
 from pref_jax.train.optimizer import OptimizerConfig, make_optimizer
 from pref_jax.train.run import environment, write_json
@@ -96,7 +97,7 @@ SMOKE = {"calls": 2, "groups_per_step": 4, "row_length": 128}
 
 def sizes_of(config: Config) -> DecoderConfig:
     """The model."""
-    sizes = TINY if config.smoke else load_variants.LLAMA_1B
+    sizes = TINY if config.smoke else published.LLAMA_3_2_1B
     return dataclasses.replace(
         sizes, dtype="bfloat16", remat=config.remat, attention=config.attention
     )
@@ -112,17 +113,8 @@ def draw_lengths(config: Config) -> Lengths:
 
 
 def useful_flops(sizes: DecoderConfig, lengths: Lengths) -> float:
-    """What forward and backward of these pairs need; the formula of the module."""
-    unembedding = 2.0 * sizes.vocab_size * sizes.width
-    layers = make_decoder(sizes).flops_per_token - unembedding
-    attention = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim
-    tokens = scored = seen = 0
-    for prompt, responses in lengths:
-        tokens += prompt + sum(responses)
-        scored += sum(responses)
-        seen += prompt * (prompt + 1) // 2
-        seen += sum(n * prompt + n * (n + 1) // 2 for n in responses)
-    return 3 * (layers * tokens + unembedding * scored + attention * seen)
+    """What forward and backward of these pairs need."""
+    return 3 * forward_flops(sizes, lengths)
 
 
 def summarise(
@@ -297,8 +289,7 @@ def run_both(config: Config) -> dict:
         "calls": config.calls,
         "dtype": "bfloat16",
         "pairs_per_step": config.groups_per_step,
-        "formula": "3 * (2 * N * tokens + 2 * V * D * scored + "
-        "4 * layers * H * head_dim * seen) / (seconds * peak)",
+        "formula": f"{FORMULA} / (seconds * peak), 3 passes",
         "peak_flops": peak_flops(ours["device_kind"]),
         "environment": ours.pop("environment"),
         "variants": {"pref_jax": ours, "TRL": run_trl(config)},

@@ -21,23 +21,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pref_jax.models import pretrained
-from pref_jax.models.decoder import DecoderConfig, LayerKind, Llama3Scaling, Rotary
+from pref_jax.models import pretrained, published
+from pref_jax.models.decoder import DecoderConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-LLAMA_1B = DecoderConfig(
-    vocab_size=128256,
-    width=2048,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    mlp_width=8192,
-    period=(LayerKind(rotary=Rotary(5e5, 1.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))),),
-    max_positions=131072,
-)
-"""The shape of Llama 3.2 1B."""
 
 _COMMON = """
 import json, sys, time
@@ -134,7 +121,9 @@ def run(program: str, folder: str) -> dict:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def measure(config: DecoderConfig = LLAMA_1B, *, rounds: int = 5, seed: int) -> dict:
+def measure(
+    config: DecoderConfig = published.LLAMA_3_2_1B, *, rounds: int = 5, seed: int
+) -> dict:
     """The variants of the case `load`, and their ratios."""
     programs = dict(PROGRAMS)
     if importlib.util.find_spec("torch") is None:

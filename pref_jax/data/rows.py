@@ -22,6 +22,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import numpy as np
 
 from pref_jax.types import EXTRAS, ResponseBatch, TokenGroup
@@ -375,6 +376,34 @@ def pack(
         predict[g, : len(positions)] = positions
     return ResponseBatch(
         **row, **slot, predict=predict, step_ids=step_ids, record=record, extras=extras
+    )
+
+
+def batch_shapes(shape: RowShape, extras: Sequence[str] = ()) -> ResponseBatch:
+    """The shapes of a batch, without steps, of which nothing else is known yet.
+
+    Args:
+      shape: the static sizes.
+      extras: names of `types.EXTRAS` with the axes B, K and T.
+    """
+    num_groups = shape.num_rows * shape.groups_per_row
+    axes = {"B": num_groups, "K": shape.num_responses, "T": shape.num_targets}
+
+    def of(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    slot, token = (axes["B"], axes["K"]), tuple(axes.values())
+    return ResponseBatch(
+        **{n: of(np.int32, shape.num_rows, shape.row_length) for n in _ROW_FIELDS},
+        predict=of(np.int32, shape.num_rows, shape.num_predict),
+        start=of(np.int32, *slot),
+        length=of(np.int32, *slot),
+        loss_mask=of(bool, *token),
+        step_ids=None,
+        valid=of(bool, *slot),
+        labels=of(np.float32, *slot),
+        record=of(np.int32, num_groups),
+        extras={n: of(np.float32, *(axes[a] for a in EXTRAS[n])) for n in extras},
     )
 
 

@@ -84,6 +84,12 @@ def own_rows(mesh: Mesh, num_rows: int) -> list[int] | None:
     return [row for shard in own for row in range(shard * size, (shard + 1) * size)]
 
 
+def batch_shapes(mesh: Mesh, batch: PyTree) -> PyTree:
+    """Shapes and shardings of a batch, of arrays or shapes, as `place_batch` makes it."""
+    rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    return with_shardings(batch, jax.tree.map(lambda _: rows, batch))
+
+
 def _own_shards(mesh) -> list[int]:
     """Which parts of the rows, of `num_row_shards`, devices of this process hold."""
     sharding, shards = (
@@ -125,6 +131,15 @@ def param_shardings(mesh: Mesh, param_axes: PyTree, params: PyTree) -> PyTree:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, params, param_axes)
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes of arrays and where they lie: what a program is compiled from."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
 
 
 def init_params(model: Model, mesh: Mesh, key: jax.Array) -> PyTree:

@@ -22,7 +22,7 @@ from pref_jax.train import loop, sharding
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from pref_jax.train.run import as_read_back, differences, write_json
-from pref_jax.train.state import init_state
+from pref_jax.train.state import TrainState, init_state
 from pref_jax.train.step import (
     anchor_params,
     evaluate,
@@ -53,6 +53,73 @@ class StageConfig:
                 f"`groups_per_step` and `num_microbatches` must be at least 1; got "
                 f"{self.groups_per_step} and {self.num_microbatches}."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """What a stage compiles, known from shapes alone.
+
+    Attributes:
+      state: shapes and shardings of the state.
+      shardings: of every array of the state.
+      start: parameters, anchor and key -> the first state, without what is frozen.
+      step: compiled (state, batch) -> (state, outputs), as `loop.fit` takes it.
+    """
+
+    state: TrainState
+    shardings: TrainState
+    start: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, dict]]
+
+
+def plan_stage(
+    config: StageConfig,
+    *,
+    method: Method,
+    model: Model,
+    params: PyTree,
+    anchor: PyTree,
+    count: Callable[[PyTree], dict],
+    mesh: Mesh,
+    frozen: PyTree = (),
+) -> StagePlan:
+    """Optimiser, train step and shardings of a stage.
+
+    Args:
+      config: plain values.
+      method: the five functions.
+      model: a `pref_jax.types.Model`.
+      params: what is trained, as arrays or shapes.
+      anchor: of the anchor, or `()`, likewise.
+      count: as in `train_stage`.
+      mesh: of `sharding.make_mesh`.
+      frozen: what is not trained, or `()`, likewise.
+    """
+    axes = model.param_axes(params)
+    num_steps = config.loop.num_steps
+    optimizer = make_optimizer(config.optimizer, num_steps, param_axes=axes)
+    step = make_train_step(
+        method,
+        model,
+        optimizer,
+        schedule=make_schedule(config.optimizer, num_steps),
+        num_microbatches=config.num_microbatches,
+        observe=loop.observing(count),
+    )
+    frozen_axes = model.param_axes(frozen) if jax.tree.leaves(frozen) else ()
+    start = functools.partial(init_state, optimizer=optimizer)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(start, params, rng=key, anchor=anchor, frozen=frozen)
+    shardings = sharding.state_shardings(
+        mesh, axes, shapes, optimizer, frozen_axes=frozen_axes
+    )
+    moving = dataclasses.replace(shardings, frozen=())
+    return StagePlan(
+        state=sharding.with_shardings(shapes, shardings),
+        shardings=shardings,
+        start=jax.jit(start, out_shardings=moving),
+        step=sharding.compile_train_step(step, mesh, shardings),
+    )
 
 
 def train_stage(
@@ -111,30 +178,22 @@ def train_stage(
         )
     about = {"method": method.name, "paper": method.paper, "seed": seed, "base": base}
     _claim_folder(name, folder, config, json.loads(model.description) | about)
-    axes = model.param_axes(params)
-    num_steps = config.loop.num_steps
-    optimizer = make_optimizer(config.optimizer, num_steps, param_axes=axes)
-    step = make_train_step(
-        method,
-        model,
-        optimizer,
-        schedule=make_schedule(config.optimizer, num_steps),
-        num_microbatches=config.num_microbatches,
-        observe=loop.observing(count),
-    )
-    frozen_axes = model.param_axes(frozen) if jax.tree.leaves(frozen) else ()
     with jax.set_mesh(mesh):
-        start = functools.partial(init_state, optimizer=optimizer)
-        key = jax.random.key(seed)
-        shapes = jax.eval_shape(start, params, rng=key, anchor=anchor, frozen=frozen)
-        shardings = sharding.state_shardings(
-            mesh, axes, shapes, optimizer, frozen_axes=frozen_axes
+        plan = plan_stage(
+            config,
+            method=method,
+            model=model,
+            params=params,
+            anchor=anchor,
+            count=count,
+            mesh=mesh,
+            frozen=frozen,
         )
+        shardings = plan.shardings
         # On the mesh first: no device ever holds more than its part.
-        moving = dataclasses.replace(shardings, frozen=())
-        state = jax.jit(start, out_shardings=moving)(
+        state = plan.start(
             jax.device_put(params, shardings.params),
-            rng=key,
+            rng=jax.random.key(seed),
             anchor=jax.device_put(anchor, shardings.anchor),
         )
         frozen = jax.device_put(frozen, shardings.frozen)
@@ -155,7 +214,7 @@ def train_stage(
             name=name,
             folder=folder,
             config=config.loop,
-            step=sharding.compile_train_step(step, mesh, shardings),
+            step=plan.step,
             source=source,
             place=place,
             validate=validate,
@@ -164,12 +223,8 @@ def train_stage(
             flops_per_token=_step_flops_per_token(model, anchor, frozen),
             base=base,
         )
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        params,
-        shardings.params,
-    )
-    trained = loop.restore_params(folder, config.loop, abstract, fitted.best_step)
+    best = fitted.best_step
+    trained = loop.restore_params(folder, config.loop, plan.state.params, best)
     _logger.info("%s: %d steps in %.0f s", name, fitted.steps, fitted.seconds)
     return trained, fitted
 
