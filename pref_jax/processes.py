@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ _ADDRESS, _NUMBER, _ID = (
     "JAX_PROCESS_ID",
 )
 _DETECT = "PREF_JAX_MULTIHOST"
+
+_ASK_SECONDS = 5.0  # a collective that one process comes to 30 s late fails on CPUs
 
 
 def initialize() -> None:
@@ -163,3 +166,68 @@ def check_same(name: str, value) -> None:
             f"the processes disagree on {name}; process {jax.process_index()} has "
             f"{value!r}. Start all of them with the same command and the same files."
         )
+
+
+def on_first(function: Callable, *, errors: tuple[type[Exception], ...] = ()):
+    """What `function` returns on the first process, on all of them.
+
+    The others do not call it. If it fails, it fails everywhere: a process that goes on
+    alone would wait for the first one in the next collective. It may take as long as it
+    likes: it runs in a thread, and meanwhile the processes ask each other every few
+    seconds whether it is done, since collectives have time-outs.
+
+    Args:
+      function: without arguments, and without collectives; returns plain JSON values.
+      errors: classes, made from a message, that the other processes raise as they are.
+
+    Returns:
+      The value, as it comes back from JSON.
+
+    Raises:
+      RuntimeError: on the others, when the first one failed with anything else.
+
+    >>> on_first(lambda: {"name": "001"})
+    {'name': '001'}
+    """
+    if jax.process_count() == 1:
+        return json.loads(json.dumps(function()))
+    outcome = {"told": None, "error": None}
+
+    def run() -> None:
+        try:
+            outcome["told"] = {"value": json.loads(json.dumps(function()))}
+        except Exception as error:
+            outcome["error"] = error
+            outcome["told"] = {"kind": type(error).__name__, "message": str(error)}
+
+    thread = threading.Thread(target=run, daemon=True)
+    if is_first():
+        thread.start()
+    while True:
+        if is_first():
+            thread.join(_ASK_SECONDS)
+        told = agree(outcome["told"])
+        if told is not None:
+            break
+    if outcome["error"] is not None:
+        raise outcome["error"]
+    if "value" in told:
+        return told["value"]
+    classes = {one.__name__: one for one in errors}
+    if told["kind"] in classes:
+        raise classes[told["kind"]](told["message"])
+    raise RuntimeError(f"the first process failed: {told['kind']}: {told['message']}")
+
+
+def which(condition: bool) -> list[int]:
+    """Numbers of the processes on which `condition` holds, known to all.
+
+    >>> which(True), which(False)
+    ([0], [])
+    """
+    if jax.process_count() == 1:
+        return [0] if condition else []
+    from jax.experimental import multihost_utils
+
+    answers = multihost_utils.process_allgather(np.bool_(condition))
+    return np.flatnonzero(np.asarray(answers).ravel()).tolist()
