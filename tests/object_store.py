@@ -1,7 +1,7 @@
 """A bucket in memory that refuses what Google Cloud Storage cannot do.
 
-`install(monkeypatch)` puts it behind `gs://` for `etils.epath` and for the lock. Objects
-appear whole or not at all; nothing can be appended to, renamed or made a folder.
+`install(monkeypatch)` puts it behind `gs://` for `etils.epath` and for the lock.
+Objects appear whole or not at all, and nothing can be appended to or renamed.
 """
 
 import io

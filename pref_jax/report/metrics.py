@@ -7,6 +7,7 @@ import logging
 import os
 
 import numpy as np
+from etils import epath
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
     the later line counts, and the log says how many values gave way.
 
     Args:
-      path: the file.
+      path: the file, on a disk or `gs://`.
 
     Returns:
       name -> (steps i64[N], values f64[N]), by rising step.
@@ -44,13 +45,13 @@ def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
     """
     curves: dict[str, dict[int, float]] = {}
     num_replaced = 0
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            step, values = _read_line(line, f"{path}, line {number}")
-            for name, value in values.items():
-                curve = curves.setdefault(name, {})
-                num_replaced += step in curve
-                curve[step] = value
+    lines = epath.Path(path).read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        step, values = _read_line(line.decode(), f"{path}, line {number}")
+        for name, value in values.items():
+            curve = curves.setdefault(name, {})
+            num_replaced += step in curve
+            curve[step] = value
     if num_replaced:
         _logger.warning(
             "%s: %d values were written again for the same step, as a resumed run "

@@ -6,9 +6,9 @@ import collections
 import json
 import math
 import os
-import pathlib
 
 import jinja2
+from etils import epath
 
 from pref_jax.report import plots
 from pref_jax.report.parts import (
@@ -31,7 +31,7 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
 
     Args:
       report: what to show.
-      path: the file; its folder exists.
+      path: the file, on a disk or `gs://`; its folder exists.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pref_jax", "report"),
@@ -61,7 +61,7 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
         shown=_shown,
         unit=_unit,
     )
-    pathlib.Path(path).write_text(page, encoding="utf-8")
+    epath.Path(path).write_bytes(page.encode())
 
 
 def _number(value: float, digits: int, kind: str = "f") -> str:

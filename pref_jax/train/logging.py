@@ -1,12 +1,13 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, a progress line.
 
-Only process 0 writes and shows anything; the others may make the same calls. Call
-nothing here before `jax.distributed.initialize`.
+Only process 0 writes and shows anything; the others make the same calls. Call nothing
+here before `jax.distributed.initialize`.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -20,6 +21,10 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 import jax
+from etils import epath
+
+from pref_jax import processes
+from pref_jax.train import storage, tracking
 
 _logger = logging.getLogger(__name__)
 
@@ -138,18 +143,27 @@ class MetricsLog:
     r"""Writes the numbers of a run: `metrics.jsonl`, and TensorBoard in `tensorboard/`.
 
     A line is one strict JSON object with "step" first. Numbers are written so that they
-    read back exactly; "NaN", "Infinity" and "-Infinity" are strings. A line is handed
-    to the system when `write` returns, so a crash of the process loses none.
+    read back exactly; "NaN", "Infinity" and "-Infinity" are strings. On a disk a line
+    is handed to the system when `write` returns, so a crash of the process loses none.
+    An object of a store cannot grow: there the files are local, and copied up in the
+    background every `copy_seconds`, at `flush` and at `close`; a crash loses what came
+    after the last copy. Who flushes before each checkpoint loses only steps that a
+    resumed run does again.
 
     Args:
-      folder: of the run; made if it is missing.
+      folder: of the run, on a disk or `gs://`; made if it is missing.
       resume_step: the step that the run goes on from, None for a new run. Lines of
         later steps and a half-written last line are removed, all others kept byte for
         byte; TensorBoard hides its events of later steps.
+      wandb: sends the numbers to Weights & Biases too.
+      about: plain values that Weights & Biases shows as the config.
+      copy_seconds: how often a store gets what was written; no matter on a disk.
 
     Raises:
       FileExistsError: a new run, and the folder holds metrics.
       ValueError: a line of `metrics.jsonl` is not one of ours.
+      ImportError: `wandb` is asked for and not installed, or `gs://` without its
+        package.
 
     >>> import tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -159,30 +173,70 @@ class MetricsLog:
     '{"step": 1, "loss": 0.5, "time/step": 0.25}\n'
     """
 
-    def __init__(self, folder, *, resume_step: int | None = None):
-        self._file = self._events = None
-        if jax.process_index() != 0:
-            return
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        folder,
+        *,
+        resume_step: int | None = None,
+        wandb: tracking.WandbConfig | None = None,
+        about: Mapping | None = None,
+        copy_seconds: float = storage.MIRROR_SECONDS,
+    ):
+        self._file = self._events = self._mirror = self._wandb = None
+        self._undisturbed = contextlib.nullcontext()
+        folder = storage.as_folder(folder)
+        if wandb is not None:
+            tracking.load_wandb()  # before anything is made
+
+        def start() -> None:
+            if not processes.is_first():
+                return
+            self._open(folder, resume_step, copy_seconds)
+            if wandb is not None:
+                files = self._local_folder
+                try:
+                    self._wandb = tracking.WandbRun(wandb, folder, files, about)
+                except Exception:
+                    self.close()
+                    raise
+
+        processes.on_first(start, errors=(FileExistsError, ValueError))
+
+    def _open(self, folder: epath.Path, resume_step, copy_seconds) -> None:
         path = folder / "metrics.jsonl"
+        kept, changed = b"", False
         if resume_step is not None:
-            _remove_lines_after(path, resume_step)
-        elif path.exists() and path.stat().st_size:
+            kept, changed = _lines_up_to(path, resume_step)
+        elif path.exists() and path.stat().length:
             raise FileExistsError(
                 f"{path} already holds metrics. Give `resume_step` to go on with that "
                 f"run, or start the new one in another folder."
             )
+        if storage.is_object_store(folder):
+            self._mirror = storage.Mirror(folder, seconds=copy_seconds)
+            self._undisturbed = self._mirror.lock
+            self._local_folder = self._mirror.folder
+            with self._undisturbed:
+                (self._local_folder / path.name).write_bytes(kept)
+        else:
+            self._local_folder = pathlib.Path(folder)
+            self._local_folder.mkdir(parents=True, exist_ok=True)
+            if changed:
+                whole = self._local_folder / (path.name + ".new")
+                whole.write_bytes(kept)
+                os.replace(whole, path)
         # TensorBoard's library is loaded only by runs.
         from tensorboardX import SummaryWriter
 
         # Unbuffered: a line is one system call, and out of this process at once.
-        self._file = path.open("ab", buffering=0)
+        self._file = (self._local_folder / path.name).open("ab", buffering=0)
         self._events = SummaryWriter(
-            str(folder / "tensorboard"),
+            str(self._local_folder / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,
             flush_secs=10,
         )
+        if changed:
+            self._flush()
 
     def write(
         self,
@@ -211,28 +265,59 @@ class MetricsLog:
                     f"Step {step} has two numbers named {name!r}; rename the metric."
                 )
             line[name] = value if math.isfinite(value) else _NON_FINITE[str(value)]
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        with self._undisturbed:
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         for name, value in numbers:
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(int(step), dict(numbers))
 
-    def close(self) -> None:
-        """Close both files."""
+    def flush(self) -> None:
+        """Return once all lines written so far would outlive this process.
+
+        On several processes all of them call this, and wait for the first.
+
+        Raises:
+          OSError: the store refused.
+        """
+        processes.on_first(self._flush, errors=(OSError,))
+
+    def _flush(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._events.close()
+            self._events.flush()
+            if self._mirror is not None:
+                self._mirror.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close all files, and copy them for the last time.
+
+        Args:
+          failed: what Weights & Biases shows of the run.
+
+        Raises:
+          OSError: a store refused; the message says where the files are.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        self._events.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=failed)
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        self.close(failed=kind is not None)
 
 
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-def _remove_lines_after(path: pathlib.Path, step: int) -> None:
-    """Keep the complete lines of steps up to `step`, byte for byte."""
+def _lines_up_to(path: epath.Path, step: int) -> tuple[bytes, bool]:
+    """The complete lines of steps up to `step`, byte for byte; are there others?"""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
     for number, line in enumerate(lines, start=1):
@@ -251,9 +336,7 @@ def _remove_lines_after(path: pathlib.Path, step: int) -> None:
             "Resuming at step %d: removed %d of %d lines of %s.",
             *(step, len(lines) - len(kept), len(lines), path),
         )
-        whole = path.with_name(path.name + ".new")
-        whole.write_bytes(b"".join(kept))
-        os.replace(whole, path)
+    return b"".join(kept), len(kept) < len(lines)
 
 
 class Progress:

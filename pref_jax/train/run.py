@@ -316,7 +316,7 @@ def read_json(path: epath.PathLike):
     Raises:
       FileNotFoundError: there is no such file.
     """
-    return json.loads(epath.Path(path).read_text())
+    return json.loads(epath.Path(path).read_bytes())
 
 
 def parse_config(

@@ -1,9 +1,9 @@
 """Run folders on a disk or in an object store: what differs between the two.
 
-A path that begins with `gs://` lies on Google Cloud Storage. There are no folders there,
-only objects with slashes in their names; an object is written whole in one request, and
-can be neither appended to nor renamed. What grows while a run goes on is therefore
-written to a local folder first, and `Mirror` copies it up.
+A path that begins with `gs://` lies on Google Cloud Storage. There are no folders
+there, only objects with slashes in their names; an object is written whole in one
+request, and can be neither appended to nor renamed. What grows while a run goes on is
+therefore written to a local folder first, and `Mirror` copies it up.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     'one line'
     """
     if is_object_store(path):
-        epath.Path(path).write_text(text)  # one request
+        epath.Path(path).write_bytes(text.encode())  # one request
         return
     path = pathlib.Path(path)
     temporary = path.with_suffix(".tmp")

@@ -7,7 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
+from etils.epath import backend
 
+import object_store
 from pref_jax.report import (
     Card,
     Column,
@@ -165,6 +168,32 @@ def test_a_run_folder_is_enough_to_make_the_page_again(tmp_path, page_text):
     command = [sys.executable, "-m", "pref_jax.report", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page_text
+
+
+def test_a_run_in_a_bucket_is_read_and_gets_its_page(page_text, monkeypatch):
+    bucket = object_store.install(monkeypatch)
+    folder = epath.Path("gs://bucket/runs/001")
+    record = {"numbers": 1, "report": to_json(make_report())}
+    (folder / "record.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.75}\n')
+    steps, values = read_metrics(folder / "metrics.jsonl")["loss"]
+    assert (steps.tolist(), values.tolist()) == ([1], [0.75])
+    monkeypatch.setattr(sys, "argv", ["report", "gs://bucket/runs/001"])
+    main()
+    assert (folder / "report.html").read_bytes().decode() == page_text
+    assert bucket.puts[-1] == "/bucket/runs/001/report.html"
+
+
+def test_a_missing_package_of_a_bucket_is_named(monkeypatch, capsys):
+    def missing(path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(backend.fsspec_backend, "fs", missing)
+    monkeypatch.setattr(sys, "argv", ["report", "gs://bucket/runs/001"])
+    with pytest.raises(SystemExit):
+        main()
+    error = capsys.readouterr().err
+    assert "gs://bucket/runs/001 cannot be read: Please install gcsfs" in error
 
 
 def test_a_run_without_a_report_is_refused(tmp_path, monkeypatch, capsys):

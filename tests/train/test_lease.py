@@ -1,4 +1,4 @@
-"""Of several processes one works in a folder of a store, and a dead one not for long."""
+"""Of several processes one works in a folder of a store, a dead one not for long."""
 
 import json
 import logging
@@ -191,8 +191,10 @@ def test_a_lost_answer_and_a_bad_network_do_not_lose_the_lock(store, caplog):
 HOLD = """
 import sys, time, tensorstore
 from pref_jax.train import lease
-store = tensorstore.KvStore.open({"driver": "file", "path": sys.argv[1] + "/"}).result()
-held = lease.take(store, name="run", renew_seconds=0.1, stale_seconds=float(sys.argv[2]))
+spec = {"driver": "file", "path": sys.argv[1] + "/"}
+store = tensorstore.KvStore.open(spec).result()
+stale = float(sys.argv[2])
+held = lease.take(store, name="run", renew_seconds=0.1, stale_seconds=stale)
 print(held is not None, flush=True)
 time.sleep(100)
 """

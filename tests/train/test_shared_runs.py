@@ -1,4 +1,4 @@
-"""A run folder in a bucket keeps every promise, and so does one of several processes."""
+"""A run folder in a bucket, or of several processes, keeps every promise."""
 
 import functools
 import json

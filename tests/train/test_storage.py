@@ -9,7 +9,6 @@ import pytest
 from etils import epath
 
 import object_store
-
 from pref_jax.train.storage import Mirror, as_folder, is_object_store, write_text
 
 
