@@ -15,10 +15,10 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from pref_jax.checks import describe
+from pref_jax.train import storage
 
 PREEMPTED_EXIT_CODE = 75
 """What a run exits with after a clean stop that wants a restart (BSD `EX_TEMPFAIL`)."""
@@ -33,7 +33,7 @@ class Checkpoints:
     hosts every process calls the same methods with the same arguments.
 
     Args:
-      folder: `checkpoints/` of the run; a local path or one that `etils.epath` knows.
+      folder: `checkpoints/` of the run, on a disk or `gs://`.
       keep_last: how many of the newest checkpoints stay; at least 1.
       keep_best: how many of the best stay beside them. Needs `metric`.
       metric: name of the metric that ranks checkpoints. A checkpoint that was saved
@@ -73,7 +73,9 @@ class Checkpoints:
                 f"`keep_best` >= 1 or neither; got keep_last={keep_last}, "
                 f"keep_best={keep_best}, metric={metric!r}."
             )
-        self.folder = epath.Path(folder).absolute()
+        self.folder = storage.as_folder(folder)
+        if not storage.is_object_store(self.folder):  # epath would break those
+            self.folder = self.folder.absolute()
         if read_only and not self.folder.exists():
             raise FileNotFoundError(
                 f"There is no folder {self.folder} to read checkpoints from. Give the "

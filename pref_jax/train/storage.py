@@ -110,9 +110,8 @@ class Mirror:
 
     >>> remote = epath.Path(tempfile.mkdtemp())
     >>> with Mirror(remote, seconds=None) as mirror:
-    ...     (mirror.folder / "logs").mkdir()
-    ...     _ = (mirror.folder / "logs" / "a.txt").write_text("copied at the end")
-    >>> (remote / "logs" / "a.txt").read_text()
+    ...     _ = (mirror.folder / "a.txt").write_text("copied at the end")
+    >>> (remote / "a.txt").read_text()
     'copied at the end'
     """
 

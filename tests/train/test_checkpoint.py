@@ -17,6 +17,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import object_store
 from pref_jax.train.checkpoint import Checkpoints, PreemptionGuard
 from pref_jax.train.state import init_state
 
@@ -244,6 +245,16 @@ def test_meta_comes_back_as_it_was(folder):
                 ValueError, match="`meta` must hold only what JSON keeps"
             ):
                 checkpoints.save(3, {"w": jnp.ones(3)}, meta=bad)
+
+
+def test_a_folder_in_a_bucket_stays_there(tmp_path, monkeypatch):
+    object_store.install(monkeypatch)
+    with Checkpoints("gs://bucket/run/checkpoints") as checkpoints:
+        assert str(checkpoints.folder) == "gs://bucket/run/checkpoints"
+        assert checkpoints.latest_step() is None
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("run/checkpoints") as checkpoints:
+        assert str(checkpoints.folder) == str(tmp_path / "run" / "checkpoints")
 
 
 def test_wrong_arguments_say_what_is_needed(folder):
