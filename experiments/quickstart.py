@@ -38,10 +38,12 @@ import numpy as np
 from experiments.worlds import instructions, sections, tasks
 from experiments.worlds.pipeline import (
     Pipeline,
+    make_watch,
     measure_preferences,
     measure_responses,
     only_responses,
     sample_pairs,
+    save_tokenizer,
     store_anchor,
 )
 from pref_jax import anchors, model_folders, processes, report, rewards
@@ -53,7 +55,7 @@ from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
 from pref_jax.models import decoder
 from pref_jax.models.lora import LoraConfig
 from pref_jax.train import run as run_lib
-from pref_jax.train import sharding
+from pref_jax.train import sharding, storage
 from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
 from pref_jax.train.logging import configure_logging
 from pref_jax.train.loop import LoopConfig, NonFiniteError, Preempted
@@ -114,6 +116,10 @@ class Config:
     num_eval_prompts: int = 600  # held out; ours
     eval_samples: int = 4  # responses to each, at temperature 1; ours
     max_new_tokens: int = 32  # of a sampled response; ours
+    profile: int | None = None  # step of each stage that a trace begins with
+    profile_steps: int = 3  # that are traced
+    wandb: str | None = None  # project on Weights & Biases; None: not sent
+    compile_cache: str | None = None  # folder of compiled programs, for the next start
 
     def __post_init__(self):
         if not self.data:
@@ -503,6 +509,12 @@ def _pair_note(pairs) -> str:
 def run_config(config: Config) -> pathlib.Path:
     """Run, or continue, the run of a config; returns its report's path."""
     began = time.perf_counter()
+    watch = make_watch(
+        profile=config.profile,
+        num=config.profile_steps,
+        wandb=config.wandb,
+        compile_cache=config.compile_cache,
+    )
     values = dataclasses.asdict(config)
     # Before the folder: a bad row or a wrong tokenizer leaves none behind.
     task = make_task(config)
@@ -513,9 +525,7 @@ def run_config(config: Config) -> pathlib.Path:
         PreemptionGuard() as guard,
     ):
         _logger.info("run folder: %s", folder)
-        if processes.is_first():
-            task.encoder.save_tokenizer(folder / model_folders.TOKENIZER_FOLDER)
-        processes.wait("the tokenizer is saved")
+        processes.on_first(functools.partial(save_tokenizer, task.encoder, folder))
         first = "" if config.data else "base, "
         last = "DPO, control, evaluation"
         _logger.info("stages: %sSFT, pairs, %s", first, last)
@@ -537,13 +547,12 @@ def run_config(config: Config) -> pathlib.Path:
             long_groups=config.long_groups,
             max_new_tokens=config.max_new_tokens,
             lora=config.lora if config.adapters else None,
+            watch=watch,
         )
         results = run(config, pipeline, task, params)
         seconds = time.perf_counter() - began
         finished = make_report(config, task, pipeline, **results, seconds=seconds)
         page = folder / "report.html"
-        if processes.is_first():
-            report.write_report(finished, page)
         record = {
             "experiment": "quickstart",
             "results": summarise(**results),
@@ -553,9 +562,12 @@ def run_config(config: Config) -> pathlib.Path:
             "starts": run_lib.count_starts(folder),
             "report": report.to_json(finished),
         }
-        if processes.is_first():
+
+        def write() -> None:
+            report.write_report(finished, page)
             run_lib.write_json(folder / run_lib.RECORD_FILE, record)
-        processes.wait("the record is written")
+
+        processes.on_first(write)
         return page
 
 
@@ -571,11 +583,14 @@ def main() -> None:
         raise SystemExit(PREEMPTED_EXIT_CODE) from None
     except KeyboardInterrupt:  # while data is read, or a second Ctrl-C
         raise SystemExit("stopped; the same command continues.") from None
-    except (ValueError, NonFiniteError) as error:  # what a user can act on
+    except (ValueError, ImportError, NonFiniteError) as error:  # what a user can act on
         _logger.debug("where it happened", exc_info=True)
         raise SystemExit(f"error: {error}") from None
     if processes.is_first():
-        print(f"report: {page}\n        {page.resolve().as_uri()}")
+        print(f"report: {page}")
+        if not storage.is_object_store(page):
+            print(f"        {pathlib.Path(page).resolve().as_uri()}")
+    processes.wait("the end")
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_one_sgd_step_is_torchs_in_gradient_and_parameters(case):
     with jax.set_mesh(mesh):
         axes = case.model.param_axes(case.params)
         shardings = sharding.state_shardings(mesh, axes, state, optimizer)
-        step = sharding.compile_train_step(step, mesh, shardings)
+        step = sharding.CompiledStep(step, mesh, shardings)
         batch = sharding.place_batch(mesh, case.batch)
         state = jax.device_put(state, shardings)
         # It runs once: the time goes into making it quick.

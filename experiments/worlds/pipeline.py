@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from pref_jax import model_folders, processes
 from pref_jax.axes import whole
@@ -31,11 +32,13 @@ from pref_jax.method import Method, objective
 from pref_jax.models import lora
 from pref_jax.models.lora import LoraConfig
 from pref_jax.sampling import Samples, SamplingConfig, make_sampler, sample_responses
-from pref_jax.train import sharding
+from pref_jax.train import sharding, storage
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.logging import Progress
-from pref_jax.train.loop import Fitted, Preempted
+from pref_jax.train.loop import Fitted, Preempted, Watch
+from pref_jax.train.profiling import ProfileConfig, StartClock, enable_compile_cache
 from pref_jax.train.stage import StageConfig, train_stage
+from pref_jax.train.tracking import WandbConfig
 from pref_jax.types import Model, PyTree, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
@@ -72,10 +75,11 @@ class Pipeline:
       max_new_tokens: of a sampled response.
       lora: adapters that stages train on what they start from; None: everything is
         trained.
+      watch: what is looked at while stages train.
       notes: what was dropped, cut or left out on the way, for the report.
     """
 
-    folder: pathlib.Path
+    folder: epath.Path
     guard: PreemptionGuard
     mesh: jax.sharding.Mesh
     model: Model
@@ -85,6 +89,7 @@ class Pipeline:
     long_groups: str
     max_new_tokens: int
     lora: LoraConfig | None = None
+    watch: Watch = Watch()
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def fit(self, groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], int]:
@@ -155,6 +160,13 @@ class Pipeline:
                 rows_multiple=sharding.num_row_shards(self.mesh),
             )
         )
+
+    @property
+    def disk_folder(self) -> pathlib.Path:
+        """Folder of what is read by position: that of the run, or one on this disk."""
+        if storage.is_object_store(self.folder):
+            return pathlib.Path("runs", *self.folder.parts[1:])
+        return pathlib.Path(self.folder)
 
     def own_rows(self, batches: sources.Batches) -> sources.Batches:
         """The batches, of which this process builds what its devices hold."""
@@ -227,6 +239,7 @@ class Pipeline:
             seed=self.seed,
             guard=self.guard,
             unit=unit,
+            watch=self.watch,
         )
         if self.lora is not None:
             trained = lora.merge(frozen, trained, self.lora)
@@ -281,6 +294,37 @@ def _compiled(function: Callable, model: Model):
         return whole(function(model, *args, **options))
 
     return jax.jit(call)
+
+
+def make_watch(
+    *, profile: int | None, num: int, wandb: str | None, compile_cache: str | None
+) -> Watch:
+    """What a run's config says is to be looked at; turns the compile cache on.
+
+    Args:
+      profile: step of each stage that a trace begins with, or None.
+      num: steps that are traced.
+      wandb: project on Weights & Biases, or None.
+      compile_cache: folder of compiled programs, or None.
+    """
+    clock = StartClock()
+    if compile_cache is not None:
+        enable_compile_cache(compile_cache)
+    return Watch(
+        profile=None if profile is None else ProfileConfig(profile, num),
+        wandb=None if wandb is None else WandbConfig(wandb),
+        clock=clock,
+    )
+
+
+def save_tokenizer(encoder: TextEncoder, folder) -> None:
+    """Write the tokenizer of a run into its folder, on a disk or in a bucket."""
+    target = folder / model_folders.TOKENIZER_FOLDER
+    if storage.is_object_store(target):
+        with storage.Mirror(target, seconds=None) as mirror:
+            encoder.save_tokenizer(mirror.folder)
+    else:
+        encoder.save_tokenizer(target)
 
 
 def prompt_text(prompt) -> str:
@@ -371,11 +415,8 @@ def sample_pairs(
                 f"no pair could be made of {len(prompts)} prompts: all grades are "
                 f"equal. Sample for more prompts, or look at the grade."
             )
-        with processes.first_before_others(path.name):
-            if not path.exists():
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-                temporary.replace(path)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        processes.on_first(lambda: storage.write_text(path, text))
         _logger.info(
             "%s: %d pairs of %d prompts, %d of equal grades left out; %d responses "
             "were cut off",
@@ -396,7 +437,8 @@ def store_anchor(
 
     Args:
       pipeline: the run.
-      name: of the groups; the logps lie in `anchor_logps/<name>` of the run folder.
+      name: of the groups; the logps lie in `anchor_logps/<name>` of the run folder, or
+        of a folder on this disk if the run's is in a bucket.
       params: of the anchor.
       groups: the ids.
       stage: whose batch size scoring takes.
@@ -422,7 +464,7 @@ def store_anchor(
 
         return anchor_cache.with_anchor_logps(
             groups,
-            folder=pipeline.folder / "anchor_logps" / name,
+            folder=pipeline.disk_folder / "anchor_logps" / name,
             batches=batches,
             score=logps,
             key={"model": anchor_cache.params_identity(params)},

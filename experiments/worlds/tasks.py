@@ -127,6 +127,7 @@ def own_task(
     row_length: int | None,
     long_groups: str,
     cache: str,
+    samples_pairs: bool = True,
 ) -> Task:
     """Your own files, tokenizer and grade in the place of the world's.
 
@@ -145,6 +146,8 @@ def own_task(
       row_length: L; None: a row takes any group.
       long_groups: policy for groups that are longer than a row or than the model.
       cache: folder of what was tokenised.
+      samples_pairs: whether demonstrations are of use only with a grade, because pairs
+        are then sampled.
 
     Raises:
       ValueError: the files hold neither pairs nor demonstrations, a split is empty,
@@ -180,7 +183,7 @@ def own_task(
             f"both splits; give --heldout FILE if a tenth of the prompts is too few."
         )
     is_pairs = sizes == {2}
-    if not is_pairs and grade is None:
+    if not is_pairs and grade is None and samples_pairs:
         raise ValueError(
             f"{', '.join(data)} holds demonstrations, so pairs have to be sampled and "
             f"graded: give --grade module:function, or a file of pairs."

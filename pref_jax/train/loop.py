@@ -9,21 +9,22 @@ and reads the metrics of the step before. A stage of a run has a folder of its o
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from etils import epath
 
 from pref_jax import processes
 from pref_jax.train.checkpoint import Checkpoints, PreemptionGuard
 from pref_jax.train.logging import MetricsLog, Progress, Throughput
-from pref_jax.train.run import write_json
+from pref_jax.train.profiling import ProfileConfig, StartClock, StepProfiler
+from pref_jax.train.run import read_json, write_json
 from pref_jax.train.state import TrainState
+from pref_jax.train.tracking import WandbConfig
 from pref_jax.types import PyTree
 
 DONE_FILE = "done.json"
@@ -79,11 +80,26 @@ class Fitted:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What is looked at beside the metrics while stages train.
+
+    Attributes:
+      profile: steps of each stage that are traced; None: none.
+      wandb: where the metrics are shown as well; None: nowhere.
+      clock: says when the first step of this process is done, or None.
+    """
+
+    profile: ProfileConfig | None = None
+    wandb: WandbConfig | None = None
+    clock: StartClock | None = None
+
+
 def fit(
     state: TrainState,
     *,
     name: str,
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: LoopConfig,
     step: Callable,
     source,
@@ -93,6 +109,7 @@ def fit(
     unit: str = "pairs",
     flops_per_token: float | None = None,
     base: dict[str, str] | None = None,
+    watch: Watch = Watch(),
 ) -> Fitted:
     """Train a stage to its end, from wherever its folder says it is.
 
@@ -101,7 +118,7 @@ def fit(
       name: of the stage, for the progress line.
       folder: of the stage.
       config: when to stop, validate and save.
-      step: compiled (state, batch) -> (state, outputs), as `compile_train_step` makes.
+      step: compiled (state, batch) -> (state, outputs), as `CompiledStep` makes.
         It observes what `observing` says.
       source: a `Source` of host batches.
       place: host batch -> placed batch.
@@ -111,6 +128,7 @@ def fit(
       flops_per_token: of a step, forward and backward; None: no MFU estimate.
       base: what is frozen in the state, by path and hash, which checkpoints hold in
         its place.
+      watch: what is looked at beside the metrics.
 
     Returns:
       `Fitted`; the states are in `folder/checkpoints`, see `restore_params`.
@@ -122,7 +140,7 @@ def fit(
     """
     done = folder / DONE_FILE
     if processes.agree(done.is_file()):
-        return Fitted(**json.loads(done.read_text()))
+        return Fitted(**read_json(done))
     folder.mkdir(parents=True, exist_ok=True)
     with _open_checkpoints(folder, config) as checkpoints:
         throughput = Throughput(model_flops_per_token=flops_per_token)
@@ -135,22 +153,25 @@ def fit(
             state = dataclasses.replace(moving, frozen=frozen)
             source.set_state(int(state.data))
             _logger.info("%s goes on from step %d", name, latest)
-        log = MetricsLog(folder, resume_step=latest or 0)
-        with log, Progress(name, config.num_steps, unit=unit) as progress:
-            run.start(log, progress)
+        with (
+            MetricsLog(folder, resume_step=latest or 0, wandb=watch.wandb) as log,
+            Progress(name, config.num_steps, unit=unit) as progress,
+            StepProfiler(folder, watch.profile) as profiler,
+        ):
+            run.start(log, progress, watch.clock)
             while run.step < config.num_steps and not run.finished:
                 batch = place(source(state))
+                profiler.before_step(run.step + 1)
                 with jax.transfer_guard("disallow"):
                     state, outputs = step(state, batch)
+                profiler.after_step(run.step + 1, outputs)
                 run.advance(state, outputs)
         result = Fitted(
             steps=run.step,
             best_step=checkpoints.best_step() if config.best else None,
             seconds=run.seconds,
         )
-    if processes.is_first():
-        write_json(done, dataclasses.asdict(result))
-    processes.wait(f"{folder.name} is done")
+    processes.on_first(lambda: write_json(done, dataclasses.asdict(result)))
     return result
 
 
@@ -184,7 +205,7 @@ def _open_checkpoints(folder, config: LoopConfig, **options) -> Checkpoints:
 
 
 def restore_params(
-    folder: pathlib.Path, config: LoopConfig, params: PyTree, step: int | None = None
+    folder: epath.Path, config: LoopConfig, params: PyTree, step: int | None = None
 ) -> PyTree:
     """Parameters of a checkpoint of a stage: of `step`, or the latest.
 
@@ -214,8 +235,8 @@ class _Loop:
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.best, self.stale = meta["best"], meta["stale"]
 
-    def start(self, log, progress) -> None:
-        self.log, self.progress = log, progress
+    def start(self, log, progress, clock) -> None:
+        self.log, self.progress, self.clock = log, progress, clock
         self._clock = time.perf_counter()
 
     @property
@@ -236,6 +257,7 @@ class _Loop:
             return
         self._read_pending()  # nothing is saved before its metrics are known good
         metrics = self._validate(state) if validate else None
+        self.log.flush()
         self.checkpoints.save(
             self.step,
             dataclasses.replace(state, frozen=()),
@@ -276,6 +298,8 @@ class _Loop:
             return
         outputs, self._pending = self._pending, None
         outputs = jax.device_get(outputs)  # waits for the step
+        if self.clock is not None:
+            self.clock.first_step()
         records = outputs["observed"]["record"]
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now

@@ -85,7 +85,7 @@ def own_rows(mesh: Mesh, num_rows: int) -> list[int] | None:
 
 
 def batch_shapes(mesh: Mesh, batch: PyTree) -> PyTree:
-    """Shapes and shardings of a batch, of arrays or shapes, as `place_batch` makes it."""
+    """Shapes and shardings of a batch, arrays or shapes, as `place_batch` makes it."""
     rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
     return with_shardings(batch, jax.tree.map(lambda _: rows, batch))
 
@@ -226,30 +226,37 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     return jax.tree.map(place, batch)
 
 
-def compile_train_step(
-    step: Callable, mesh: Mesh, shardings: TrainState
-) -> Callable[[TrainState, PyTree], tuple[TrainState, dict]]:
-    """Compile a pure train step with jit: shardings in and out, the state donated.
+class CompiledStep:
+    """A train step on its devices: (state, batch) -> (state, outputs).
 
     What is frozen goes in and is handed on as it is: neither donated nor copied.
+
+    Attributes:
+      program: of `jax.jit`, to be called with `arguments`.
     """
-    rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    options = {"out_shardings": (shardings, everywhere), "donate_argnums": 0}
-    if not jax.tree.leaves(shardings.frozen):
-        return jax.jit(step, in_shardings=(shardings, rows), **options)
-    moving = dataclasses.replace(shardings, frozen=())
 
-    def inner(moving, frozen, batch):
-        state, outputs = step(dataclasses.replace(moving, frozen=frozen), batch)
-        return dataclasses.replace(state, frozen=()), outputs
+    def __init__(self, step: Callable, mesh: Mesh, shardings: TrainState):
+        rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        moving = dataclasses.replace(shardings, frozen=())
 
-    options["out_shardings"] = (moving, everywhere)
-    compiled = jax.jit(inner, in_shardings=(moving, shardings.frozen, rows), **options)
+        def inner(moving, frozen, batch):
+            state, outputs = step(dataclasses.replace(moving, frozen=frozen), batch)
+            return dataclasses.replace(state, frozen=()), outputs
 
-    def outer(state, batch):
-        moving = dataclasses.replace(state, frozen=())
-        moving, outputs = compiled(moving, state.frozen, batch)
+        self.program = jax.jit(
+            inner,
+            in_shardings=(moving, shardings.frozen, rows),
+            out_shardings=(moving, everywhere),
+            donate_argnums=0,
+        )
+
+    @staticmethod
+    def arguments(state: TrainState, batch: PyTree) -> tuple:
+        """What the program takes: what moves of a state, what is frozen, the batch."""
+        return dataclasses.replace(state, frozen=()), state.frozen, batch
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict]:
+        """One step."""
+        moving, outputs = self.program(*self.arguments(state, batch))
         return dataclasses.replace(moving, frozen=state.frozen), outputs
-
-    return outer

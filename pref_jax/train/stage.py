@@ -10,10 +10,10 @@ import dataclasses
 import functools
 import json
 import logging
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pref_jax import processes
@@ -21,7 +21,7 @@ from pref_jax.method import Method
 from pref_jax.train import loop, sharding
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from pref_jax.train.run import as_read_back, differences, write_json
+from pref_jax.train.run import as_read_back, differences, read_json, write_json
 from pref_jax.train.state import TrainState, init_state
 from pref_jax.train.step import (
     anchor_params,
@@ -118,14 +118,14 @@ def plan_stage(
         state=sharding.with_shardings(shapes, shardings),
         shardings=shardings,
         start=jax.jit(start, out_shardings=moving),
-        step=sharding.compile_train_step(step, mesh, shardings),
+        step=sharding.CompiledStep(step, mesh, shardings),
     )
 
 
 def train_stage(
     name: str,
     *,
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: StageConfig,
     method: Method,
     model: Model,
@@ -140,6 +140,7 @@ def train_stage(
     unit: str = "pairs",
     frozen: PyTree = (),
     base: dict[str, str] | None = None,
+    watch: loop.Watch | None = None,
 ) -> tuple[PyTree, loop.Fitted]:
     """Train, or read what an earlier call on the same folder has trained.
 
@@ -161,6 +162,7 @@ def train_stage(
       unit: what the progress line calls an example.
       frozen: what is not trained, such as the base under adapters, or `()`.
       base: path and hash of `frozen`, which the checkpoints name in its place.
+      watch: what is looked at beside the metrics; None: nothing.
 
     Returns:
       The trained parameters, placed on the mesh, of the best validation if
@@ -222,6 +224,7 @@ def train_stage(
             unit=unit,
             flops_per_token=_step_flops_per_token(model, anchor, frozen),
             base=base,
+            watch=watch or loop.Watch(),
         )
     best = fitted.best_step
     trained = loop.restore_params(folder, config.loop, plan.state.params, best)
@@ -230,20 +233,21 @@ def train_stage(
 
 
 def _claim_folder(
-    name: str, folder: pathlib.Path, config: StageConfig, description: dict
+    name: str, folder: epath.Path, config: StageConfig, description: dict
 ) -> None:
     """Describe a new stage; an old one must have been started with the same."""
     values = as_read_back(dataclasses.asdict(config))
     files = {CONFIG_FILE: values, MODEL_FILE: description}
-    if processes.is_first():
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file, new in files.items():
             if not (folder / file).exists():
                 write_json(folder / file, new)
-    processes.wait(f"{folder.name} is described")
+
+    processes.on_first(write)
     for file, new in files.items():
-        path = folder / file
-        old = json.loads(path.read_text())
+        old = read_json(folder / file)
         changed = differences(_what_counts(old), _what_counts(new))
         if changed:
             raise ValueError(

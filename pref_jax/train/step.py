@@ -2,7 +2,7 @@
 
 One reducer: every average of a run is `weighted_mean`, numerators and denominators
 carried apart over micro-batches and divided once. jit, donation and shardings are
-applied outside (`train.sharding.compile_train_step`), so a step can be vmapped.
+applied outside (`train.sharding.CompiledStep`), so a step can be vmapped.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Stage:
         step = make_train_step(
             method, SHALLOW, self.optimizer, observe=loop.observing(rows.count_batch)
         )
-        self.step = sharding.compile_train_step(step, self.mesh, self.shardings)
+        self.step = sharding.CompiledStep(step, self.mesh, self.shardings)
 
     def make_batches(self, groups):
         return sources.training_batches(

@@ -172,7 +172,7 @@ def two_updates(mesh, num_microbatches):
     metrics = []
     with jax.set_mesh(mesh):
         state, shardings = place_state(mesh, SGD)
-        step = sharding.compile_train_step(step, mesh, shardings)
+        step = sharding.CompiledStep(step, mesh, shardings)
         for batch in batches:
             assert not batch.valid.all()
             state, outputs = step(state, sharding.place_batch(mesh, batch))

@@ -548,7 +548,7 @@ def test_a_run_traces_its_step_once_and_moves_nothing_by_itself():
         )
         state = jax.device_put(state, shardings)
         step = make_train_step(method, SHALLOW, optimizer)
-        step = sharding.compile_train_step(step, mesh, shardings)
+        step = sharding.CompiledStep(step, mesh, shardings)
         for batch in batches:
             placed = sharding.place_batch(mesh, batch)
             with jax.transfer_guard("disallow"):

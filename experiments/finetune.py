@@ -1,0 +1,474 @@
+"""SFT or DPO of a checkpoint on your own data: one stage, from one GPU to a pod.
+
+    python -m experiments.finetune --preset llama-3-8b-dpo-v5p-4x4x4 \
+        --model DIR --data pairs.jsonl
+    python -m experiments.finetune --preset smoke --model DIR --data pairs.jsonl
+
+With `beta` it is DPO on pairs, anchored to the model that it starts from; without, SFT
+on demonstrations, or on the chosen response of each pair. All parameters are trained,
+or low-rank adapters. The anchor's logps are stored before training, so that its
+parameters leave memory. The result is evaluated on held-out pairs and written as a
+Hugging Face folder, `model` in the folder of the run.
+
+The presets name a model, what is trained, and the TPU slice whose mesh and micro-batches
+they set. What they plan for (`planned`) is a batch of pairs of a stated size: that is
+what `scripts/compile_for_tpu.py` compiles, from shapes alone. A run takes the sizes of
+its data instead.
+
+Source: DPO, arXiv:2305.18290v3. Reproduces no table. Hardware: of the preset. Compiled
+for its slice (docs/tpu.md), not run there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.worlds import tasks
+from experiments.worlds.pipeline import (
+    Pipeline,
+    make_watch,
+    measure_preferences,
+    save_tokenizer,
+    store_anchor,
+)
+from pref_jax import anchors, model_folders, processes, rewards
+from pref_jax.data import rows
+from pref_jax.data.records import parse_rename
+from pref_jax.evals.preference import bootstrap_interval
+from pref_jax.logps import response_scores
+from pref_jax.losses.pairwise import logistic_loss
+from pref_jax.losses.supervised import nll_loss
+from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
+from pref_jax.models import decoder, flops, lora, published
+from pref_jax.models.lora import LoraConfig
+from pref_jax.sampling import SamplingConfig, make_sampler
+from pref_jax.train import run as run_lib
+from pref_jax.train import sharding
+from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
+from pref_jax.train.costs import Program
+from pref_jax.train.logging import configure_logging
+from pref_jax.train.loop import LoopConfig, NonFiniteError, Preempted
+from pref_jax.train.optimizer import OptimizerConfig
+from pref_jax.train.stage import StageConfig, plan_stage
+
+_logger = logging.getLogger("pref_jax.experiments")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the model computes."""
+
+    dtype: str = "bfloat16"  # of matrix products: float32 or bfloat16
+    attention: str = "auto"  # auto (by length of the row), xla or blockwise
+    remat: str = "full"  # none, dots or full
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+    """Devices along each axis of the mesh, of one slice."""
+
+    data: int = -1  # different rows, all parameters; -1: what is left
+    fsdp: int = 1  # different rows, parts of the parameters
+    tensor: int = 1  # parts of each product
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """The batch that a preset is compiled for: pairs of one size."""
+
+    num_rows: int = 64  # G
+    groups_per_row: int = 2  # E
+    prompt: int = 256  # tokens of a prompt
+    response: int = 383  # tokens of each of its responses
+    sampled_prompts: int = 64  # of the sampler
+    samples: int = 4  # to each of them
+    new_tokens: int = 512  # of a sampled response
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that the run depends on."""
+
+    stage: StageConfig  # how it trains
+    beta: float | None = None  # reward per nat of DPO; None: SFT
+    adapters: bool = False  # train low-rank adapters instead of all parameters
+    lora: LoraConfig = LoraConfig()  # the adapters
+    model: str | None = None  # folder of the checkpoint: Hugging Face, adapter, stage
+    shape: str = "llama-3-8b"  # of models/published.py; for `programs`, without `model`
+    data: tuple[str, ...] = ()  # pairs or demonstrations: files, folders, ...
+    weights: tuple[float, ...] = ()  # share of each of `data`; none: by its size
+    rename: tuple[str, ...] = ()  # fields of `data`, such as correct=labels
+    split: str | None = None  # of `data`, if it is a tfds data set
+    heldout: str | None = None  # to evaluate on; None: a tenth of `data`, by prompt
+    tokenizer: str | None = None  # folder; None: that of `model`
+    max_positions: int | None = None  # longest text of `model`; None: as it says
+    on_error: str = "raise"  # bad rows of `data`: raise or skip
+    row_length: int | None = None  # L, positions; None: the longest group
+    long_groups: str = "drop"  # longer than a row: drop, keep_start or keep_end
+    cache: str = "runs/token_cache"  # folder of what was tokenised of `data`
+    compute: Compute = Compute()
+    mesh: MeshSizes = MeshSizes()
+    planned: Planned = Planned()
+    name: str | None = None  # of the run; None: continue an unfinished run, or a number
+    root: str = "runs/finetune"  # folder of the runs; may be gs://
+    seed: int = 0  # of data order and adapters
+    profile: int | None = None  # step that a trace begins with
+    profile_steps: int = 3  # that are traced
+    wandb: str | None = None  # project on Weights & Biases; None: not sent
+    compile_cache: str | None = None  # folder of compiled programs, for the next start
+
+    def __post_init__(self):
+        if self.beta is not None and not self.beta > 0:
+            raise ValueError(f"`beta` must be positive or None; got {self.beta}.")
+        if self.shape not in published.SHAPES:
+            raise ValueError(
+                f"`shape` must be one of {', '.join(published.SHAPES)}; got "
+                f"{self.shape!r}."
+            )
+        if self.lora != LoraConfig() and not self.adapters:
+            raise ValueError("`lora` belongs to `adapters`; give --adapters too.")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"`weights` needs a number for each of {len(self.data)} sources of "
+                f"`data`; got {self.weights}."
+            )
+
+
+def make_method(config: Config) -> Method:
+    """DPO against stored logps, or SFT."""
+    if config.beta is None:
+        return Method(
+            name="SFT",
+            anchor=anchors.none(),
+            reward=rewards.log_likelihood,
+            loss=on_token_logps(nll_loss),
+            weight=token_weight,
+            couples_responses=False,
+        )
+    return Method(
+        name="DPO",
+        anchor=anchors.fixed(),
+        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
+        loss=on_rewards(logistic_loss),
+        requires=frozenset({"anchor_logps"}),
+        paper="arXiv:2305.18290v3",
+    )
+
+
+def make_task(config: Config) -> tasks.Task:
+    """The user's own data."""
+    if config.model is None or not config.data:
+        raise ValueError("a run needs a model and data; give --model DIR --data FILE.")
+    task = tasks.own_task(
+        config.data,
+        weights=config.weights,
+        rename=parse_rename(config.rename),
+        split=config.split,
+        heldout=config.heldout,
+        tokenizer=config.tokenizer,
+        model=config.model,
+        max_positions=config.max_positions,
+        grade=None,
+        on_error=config.on_error,
+        num_eval_prompts=0,
+        row_length=config.row_length,
+        long_groups=config.long_groups,
+        cache=config.cache,
+        samples_pairs=False,
+    )
+    if config.beta is not None and task.pairs is None:
+        raise ValueError(
+            f"{', '.join(config.data)} holds demonstrations; DPO needs pairs. Give "
+            f"pairs, or a preset of SFT."
+        )
+    return task
+
+
+def make_mesh(config: Config, devices=None):
+    """The mesh of a config, on all devices or on these."""
+    return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+
+
+_HOURS = LoopConfig(num_steps=500, validate_every=100, checkpoint_every=100)
+
+SFT = Config(
+    stage=StageConfig(
+        groups_per_step=128,
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=20),  # ours
+        loop=_HOURS,
+    ),
+)
+DPO = dataclasses.replace(
+    SFT,
+    beta=0.1,
+    stage=dataclasses.replace(
+        SFT.stage, optimizer=OptimizerConfig(learning_rate=5e-7, warmup_steps=50)  # ours
+    ),
+)
+
+
+def _with_adapters(config: Config) -> Config:
+    optimizer = dataclasses.replace(config.stage.optimizer, learning_rate=1e-4)  # ours
+    stage = dataclasses.replace(config.stage, optimizer=optimizer)
+    return dataclasses.replace(config, adapters=True, stage=stage)
+
+
+METHODS = {
+    "sft": SFT,
+    "dpo": DPO,
+    "sft-lora": _with_adapters(SFT),
+    "dpo-lora": _with_adapters(DPO),
+}
+SLICES = {
+    "llama-3-8b": {
+        "v5e-16x16": (MeshSizes(fsdp=64, tensor=4), 1),
+        "v5p-2x2x2": (MeshSizes(fsdp=8), 4),
+        "v5p-4x4x4": (MeshSizes(fsdp=16), 1),
+        "v6e-4x4": (MeshSizes(fsdp=16), 4),
+    },
+    "qwen-2.5-7b": {"v5p-4x4x4": (MeshSizes(fsdp=16), 1)},
+    "llama-3-70b": {"v5p-8x8x8": (MeshSizes(fsdp=64, tensor=8), 1)},
+}
+"""Model -> slice -> mesh, and micro-batches of a step."""
+
+
+def _preset(shape: str, method: str, mesh: MeshSizes, num_microbatches: int) -> Config:
+    config = METHODS[method]
+    stage = dataclasses.replace(config.stage, num_microbatches=num_microbatches)
+    return dataclasses.replace(config, shape=shape, mesh=mesh, stage=stage)
+
+
+SMOKE = dataclasses.replace(
+    DPO,
+    compute=Compute(dtype="float32", remat="none"),
+    stage=StageConfig(
+        groups_per_step=8,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        loop=LoopConfig(num_steps=8, validate_every=4, checkpoint_every=4),
+    ),
+)
+PRESETS = {"smoke": SMOKE, **METHODS} | {
+    f"{shape}-{method}-{name}": _preset(shape, method, *sizes)
+    for shape, slices in SLICES.items()
+    for name, sizes in slices.items()
+    for method in METHODS
+}
+
+
+def programs(config: Config, mesh) -> list[Program]:
+    """What a run of this config compiles, from shapes alone.
+
+    Args:
+      config: of a preset; with `model` the sizes of that checkpoint.
+      mesh: of `make_mesh`.
+
+    Returns:
+      The train step, the scoring pass of the anchor, and the sampler.
+    """
+    sizes = published.SHAPES[config.shape]
+    if config.model is not None:
+        sizes = model_folders.load_config(config.model)
+    sizes = dataclasses.replace(sizes, **dataclasses.asdict(config.compute))
+    model, method, plan = decoder.make_decoder(sizes), make_method(config), config.planned
+    trained = jax.eval_shape(model.init, jax.random.key(0))
+    frozen, passes = (), 3
+    whole = trained
+    if config.adapters:
+        model, passes = lora.adapted(model, config.lora), 2
+        split = functools.partial(lora.split, config=config.lora, key=jax.random.key(0))
+        frozen, trained = jax.eval_shape(split, whole)
+        frozen = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen
+        )
+    num_responses = 1 if config.beta is None else 2
+    group = (plan.prompt, (plan.response,) * num_responses)
+    num_groups = plan.num_rows * plan.groups_per_row
+    forward = flops.forward_flops(sizes, [group] * num_groups)
+    length = plan.groups_per_row * (
+        plan.prompt - 1 + num_responses * (plan.response + 1)
+    )
+    shape = rows.RowShape(
+        num_rows=plan.num_rows,
+        row_length=-(-length // 128) * 128,
+        groups_per_row=plan.groups_per_row,
+        num_predict=plan.groups_per_row * num_responses * plan.response,
+        num_responses=num_responses,
+        num_targets=plan.response,
+    )
+    batch = sharding.batch_shapes(mesh, rows.batch_shapes(shape, sorted(method.requires)))
+    stage = plan_stage(
+        config.stage,
+        method=method,
+        model=model,
+        params=trained,
+        anchor=(),
+        count=rows.count_batch,
+        mesh=mesh,
+        frozen=frozen,
+    )
+    found = [
+        Program(
+            name="train step",
+            function=stage.step,
+            arguments=(stage.state, batch),
+            useful_flops=passes * forward,
+            formula=f"{flops.FORMULA}, {passes} passes",
+        )
+    ]
+    # Scoring and sampling read whole models, cast once.
+    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), whole)
+    plain = decoder.make_decoder(sizes)
+    held = sharding.with_shardings(
+        held, sharding.param_shardings(mesh, plain.param_axes(held), held)
+    )
+    if config.beta is not None:
+        found.append(
+            Program(
+                name="scoring pass",
+                function=jax.jit(functools.partial(response_scores, plain)),
+                arguments=(held, batch),
+                useful_flops=forward,
+                formula=f"{flops.FORMULA}, 1 pass",
+            )
+        )
+    prompts, count = plan.sampled_prompts, plan.samples
+    settings = SamplingConfig(num_samples=count, max_new_tokens=plan.new_tokens)
+    sampled = (plan.prompt, (plan.new_tokens,) * count)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    found.append(
+        Program(
+            name="sampler",
+            function=make_sampler(plain, settings, end_ids=(0,)).draw,
+            arguments=(
+                held,
+                jax.ShapeDtypeStruct((prompts, plan.prompt), jnp.int32, sharding=everywhere),
+                jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=everywhere),
+                sharding.with_shardings(
+                    jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts)),
+                    everywhere,
+                ),
+            ),
+            useful_flops=flops.forward_flops(sizes, [sampled] * prompts),
+            formula=f"{flops.FORMULA}, 1 pass",
+        )
+    )
+    return found
+
+
+def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
+    """Train, evaluate, write the model; continues what the folder already holds.
+
+    Returns:
+      The results for the record.
+    """
+    method = make_method(config)
+    groups, unit = task.demonstrations, "demonstrations"
+    if config.beta is not None:
+        unit = "pairs"
+        groups = tuple(
+            store_anchor(pipeline, name, params, part, config.stage)
+            for name, part in zip(("train", "heldout"), task.pairs, strict=True)
+        )
+    trained, fitted = pipeline.train(
+        method.name,
+        method,
+        params,
+        *groups,
+        config.stage,
+        unit=unit,
+        start=config.model,
+    )
+    results = {"steps": fitted.steps, "seconds": fitted.seconds}
+    if config.beta is not None:
+        models = {"before": params, "after": trained}
+        found = measure_preferences(pipeline, method, models, groups[1], config.stage)
+        results["preferences"] = {
+            name: {key: bootstrap_interval(values) for key, values in metrics.items()}
+            for name, metrics in found.items()
+        }
+    return results
+
+
+def run_config(config: Config):
+    """Run, or continue, the run of a config; returns its folder."""
+    began = time.perf_counter()
+    watch = make_watch(
+        profile=config.profile,
+        num=config.profile_steps,
+        wandb=config.wandb,
+        compile_cache=config.compile_cache,
+    )
+    values = dataclasses.asdict(config)
+    task, mesh = make_task(config), make_mesh(config)
+    found, params = model_folders.load(
+        config.model,
+        mesh=mesh,
+        max_positions=config.max_positions,
+        **dataclasses.asdict(config.compute),
+    )
+    with (
+        run_lib.open_run(config.root, config=values, name=config.name) as folder,
+        PreemptionGuard() as guard,
+    ):
+        _logger.info("run folder: %s", folder)
+        processes.on_first(functools.partial(save_tokenizer, task.encoder, folder))
+        for note in task.notes:
+            _logger.info("%s", note)
+        pipeline = Pipeline(
+            folder=folder,
+            guard=guard,
+            mesh=mesh,
+            model=decoder.make_decoder(found),
+            encoder=task.encoder,
+            seed=config.seed,
+            row_length=config.row_length,
+            long_groups=config.long_groups,
+            max_new_tokens=1,
+            lora=config.lora if config.adapters else None,
+            watch=watch,
+        )
+        record = {
+            "experiment": "finetune",
+            "results": run(config, pipeline, task, params),
+            "config": values,
+            "environment": run_lib.environment(),
+            "seconds": time.perf_counter() - began,  # of the last start
+            "starts": run_lib.count_starts(folder),
+            "notes": [*task.notes, *pipeline.notes],
+        }
+        path = folder / run_lib.RECORD_FILE
+        processes.on_first(lambda: run_lib.write_json(path, record))
+        return folder
+
+
+def main() -> None:
+    """The command line."""
+    processes.initialize()
+    configure_logging()
+    try:
+        config = run_lib.parse_config(PRESETS, default="smoke", description=__doc__)
+        folder = run_config(config)
+    except Preempted as stop:
+        print(f"{stop}; the same command continues.", file=sys.stderr)
+        raise SystemExit(PREEMPTED_EXIT_CODE) from None
+    except KeyboardInterrupt:  # while data is read, or a second Ctrl-C
+        raise SystemExit("stopped; the same command continues.") from None
+    except (ValueError, ImportError, NonFiniteError) as error:
+        _logger.debug("where it happened", exc_info=True)
+        raise SystemExit(f"error: {error}") from None
+    if processes.is_first():
+        method = make_method(config).name
+        print(f"run: {folder}; the model is its folder {method}")
+    processes.wait("the end")
+
+
+if __name__ == "__main__":
+    main()
