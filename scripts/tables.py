@@ -327,6 +327,42 @@ def surviving_mutants(records) -> str:
     return markdown(["file", "function", "line", "change", "why it survives"], rows)
 
 
+def tpu(records) -> str:
+    """What programs cost that were compiled for TPUs and not run."""
+    rows = []
+    for name, record in records.items():
+        if not name.startswith("tpu_"):
+            continue
+        limit = record["chip"]["hbm_bytes"]
+        mesh = " x ".join(f"{size} {axis}" for axis, size in record["mesh"].items())
+        for program in record["programs"]:
+            total, seconds = program["memory"]["total"], program["seconds"]
+            mfu = [
+                100 * program["mfu"][f"{way}_overlap"] for way in ("without", "with")
+            ]
+            times = [seconds[f"{way}_overlap"] for way in ("with", "without")]
+            sent = sum(part["bytes"] for part in program["sent"])
+            rows.append(
+                [
+                    f"{record['experiment']} {record['preset']}, {program['name']}",
+                    f"{record['topology']} ({mesh})",
+                    f"{total / 2**30:.1f} of {limit / 2**30:.1f}"
+                    + ("" if program["fits"] else ", **does not fit**"),
+                    f"{program['flops'] / program['useful_flops']:.2f}",
+                    f"{sent / 1e9:.3g}",
+                    f"{times[0]:.3g} to {times[1]:.3g}",
+                    f"{mfu[0]:.0f} to {mfu[1]:.0f} %",
+                    seconds["limit"],
+                ]
+            )
+    if not rows:
+        return "not run\n"
+    columns = ["program", "chips (mesh)", "GiB a chip", "flops / useful flops"]
+    columns += ["sent, GB a chip", "seconds", "MFU", "longest"]
+    text = "\nSeconds and MFU: estimate, not run.\n"
+    return markdown(columns, rows) + text
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-differences": quickstart_differences,
     "quickstart-models": quickstart_models,
@@ -338,6 +374,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "data-sets": data_sets,
     "mutants": mutants,
     "surviving-mutants": surviving_mutants,
+    "tpu": tpu,
 }
 
 

@@ -143,3 +143,28 @@ def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
     for table in (tables.mutants, tables.surviving_mutants):
         assert table({}) == "not run\n"
     assert tables.surviving_mutants({"mutants": record | {"survivors": []}}) == "none\n"
+
+
+def test_programs_for_tpus_are_estimates_and_say_what_does_not_fit(tables):
+    program = {
+        **{"name": "step", "fits": True, "memory": {"total": 10 * 2**30}},
+        **{"flops": 4e15, "useful_flops": 3e15},
+        "sent": [{"bytes": 2e9}, {"bytes": 1e9}],
+        "seconds": {"with_overlap": 0.5, "without_overlap": 0.75, "limit": "compute"},
+        "mfu": {"with_overlap": 0.6, "without_overlap": 0.4},
+    }
+    record = {
+        **{"experiment": "finetune", "preset": "8b", "topology": "v5e:4x4"},
+        "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
+        "chip": {"hbm_bytes": 15.75 * 2**30},
+        "programs": [program, program | {"name": "loss", "fits": False}],
+    }
+    lines = tables.tpu({"tpu_8b_v5e_4x4": record, "mutants": {}}).splitlines()
+    assert lines[2] == (
+        "| finetune 8b, step | v5e:4x4 (1 data x 16 fsdp x 1 tensor) | 10.0 of 15.8 | "
+        "1.33 | 3 | 0.5 to 0.75 | 40 to 60 % | compute |"
+    )
+    assert "| finetune 8b, loss |" in lines[3]
+    assert "10.0 of 15.8, **does not fit** |" in lines[3]
+    assert lines[-1] == "Seconds and MFU: estimate, not run."
+    assert tables.tpu({"mutants": {}}) == "not run\n"
