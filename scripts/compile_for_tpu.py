@@ -1,4 +1,4 @@
-"""Compile an experiment for TPUs that are not there: does it fit, and how fast at best?
+r"""Compile an experiment for TPUs that are not there: does it fit, how fast at best?
 
     pip install libtpu
     python scripts/compile_for_tpu.py --experiment finetune --preset NAME \
@@ -31,6 +31,7 @@ from pref_jax.train import costs as costs_lib
 from pref_jax.train import run as run_lib
 from pref_jax.train import topology as topology_lib
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 GIB = 2**30
 
 
@@ -196,6 +197,8 @@ def load_experiment(name: str):
     Raises:
       ValueError: there is none, or it has no `PRESETS` or `programs`.
     """
+    if str(ROOT) not in sys.path:  # experiments are not installed
+        sys.path.insert(0, str(ROOT))
     try:
         module = importlib.import_module(f"experiments.{name}")
     except ModuleNotFoundError as error:
