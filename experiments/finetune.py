@@ -8,12 +8,13 @@ With `beta` it is DPO on pairs, anchored to the model that it starts from; witho
 on demonstrations, or on the chosen response of each pair. All parameters are trained,
 or low-rank adapters. The anchor's logps are stored before training, so that its
 parameters leave memory. The result is evaluated on held-out pairs and written as a
-Hugging Face folder, `model` in the folder of the run.
+stage of its own in the run's folder, which --model of any experiment takes and
+`scripts/convert_checkpoint.py` turns into a Hugging Face folder.
 
-The presets name a model, what is trained, and the TPU slice whose mesh and micro-batches
-they set. What they plan for (`planned`) is a batch of pairs of a stated size: that is
-what `scripts/compile_for_tpu.py` compiles, from shapes alone. A run takes the sizes of
-its data instead.
+The presets name a model, what is trained, and the TPU slice whose mesh and
+micro-batches they set. What they plan for (`planned`) is a batch of pairs of a stated
+size: that is what `scripts/compile_for_tpu.py` compiles, from shapes alone. A run takes
+the sizes of its data instead.
 
 Source: DPO, arXiv:2305.18290v3. Reproduces no table. Hardware: of the preset. Compiled
 for its slice (docs/tpu.md), not run there.
@@ -29,7 +30,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.worlds import tasks
 from experiments.worlds.pipeline import (
@@ -210,7 +210,8 @@ DPO = dataclasses.replace(
     SFT,
     beta=0.1,
     stage=dataclasses.replace(
-        SFT.stage, optimizer=OptimizerConfig(learning_rate=5e-7, warmup_steps=50)  # ours
+        SFT.stage,
+        optimizer=OptimizerConfig(learning_rate=5e-7, warmup_steps=50),  # ours
     ),
 )
 
@@ -277,7 +278,11 @@ def programs(config: Config, mesh) -> list[Program]:
     if config.model is not None:
         sizes = model_folders.load_config(config.model)
     sizes = dataclasses.replace(sizes, **dataclasses.asdict(config.compute))
-    model, method, plan = decoder.make_decoder(sizes), make_method(config), config.planned
+    model, method, plan = (
+        decoder.make_decoder(sizes),
+        make_method(config),
+        config.planned,
+    )
     trained = jax.eval_shape(model.init, jax.random.key(0))
     frozen, passes = (), 3
     whole = trained
@@ -303,7 +308,9 @@ def programs(config: Config, mesh) -> list[Program]:
         num_responses=num_responses,
         num_targets=plan.response,
     )
-    batch = sharding.batch_shapes(mesh, rows.batch_shapes(shape, sorted(method.requires)))
+    batch = sharding.batch_shapes(
+        mesh, rows.batch_shapes(shape, sorted(method.requires))
+    )
     stage = plan_stage(
         config.stage,
         method=method,
@@ -317,8 +324,8 @@ def programs(config: Config, mesh) -> list[Program]:
     found = [
         Program(
             name="train step",
-            function=stage.step,
-            arguments=(stage.state, batch),
+            function=stage.step.program,
+            arguments=stage.step.arguments(stage.state, batch),
             useful_flops=passes * forward,
             formula=f"{flops.FORMULA}, {passes} passes",
         )
@@ -349,15 +356,20 @@ def programs(config: Config, mesh) -> list[Program]:
             function=make_sampler(plain, settings, end_ids=(0,)).draw,
             arguments=(
                 held,
-                jax.ShapeDtypeStruct((prompts, plan.prompt), jnp.int32, sharding=everywhere),
+                jax.ShapeDtypeStruct(
+                    (prompts, plan.prompt), jnp.int32, sharding=everywhere
+                ),
                 jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=everywhere),
                 sharding.with_shardings(
-                    jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts)),
+                    jax.eval_shape(
+                        lambda: jax.random.split(jax.random.key(0), prompts)
+                    ),
                     everywhere,
                 ),
             ),
             useful_flops=flops.forward_flops(sizes, [sampled] * prompts),
             formula=f"{flops.FORMULA}, 1 pass",
+            while_turns=plan.new_tokens,
         )
     )
     return found

@@ -48,7 +48,7 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes by the rules on logical ones; None is an axis that is not split.
 
     >>> spec(("embed", "heads", None))
-    PartitionSpec('fsdp', 'tensor', None)
+    P('fsdp', 'tensor', None)
     """
     return PartitionSpec(*(name and RULES[name] for name in names))
 
@@ -95,6 +95,16 @@ def _gather_backward(names, _, grad):
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather_all(params, names):
+    """Every parameter whole over fsdp, as `gather` does it for one.
+
+    Args:
+      params: a nested dict of parameters.
+      names: logical axes of each.
+    """
+    return jax.tree.map(lambda x, axes: gather(x, axes), params, names)
 
 
 def per_device(
@@ -144,9 +154,14 @@ def per_device(
 
 def row_shards(num_rows: int) -> int:
     """Parts that so many rows are split into by the mesh that is set; 1 without one."""
-    mesh = _mesh()
-    shards = 1 if mesh is None else _num_parts(mesh, "rows")
+    shards = parts("rows")
     return shards if num_rows % shards == 0 else 1
+
+
+def parts(name: str) -> int:
+    """How many parts of a logical axis the mesh that is set has; 1 without one."""
+    mesh = _mesh()
+    return 1 if mesh is None else _num_parts(mesh, name)
 
 
 def _mesh():

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
-from pref_jax.axes import constrain, gather, row_shards
+from pref_jax.axes import constrain, gather, parts, row_shards
 from pref_jax.numerics import at_least_float32, soft_cap
 from pref_jax.types import ResponseBatch, Scores
 
 STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
 """What `token_stats` can compute, by name."""
 
-_CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in float32
+_CHUNK_ELEMENTS = 2**23  # logits of one chunk on a device: 32 MiB in float32
+_CHUNK_TOKENS = 512  # at least, for which the unembedding is worth being read
 
 
 def token_stats(
@@ -47,9 +48,10 @@ def token_stats(
       targets: i32[G, L].
       predict: i32[G, P]. Positions to unembed; -1 in padding.
       want: names of `STATISTICS`. Nats throughout.
-      chunk: positions of a row that are unembedded at once. None: as many as keep a
-        chunk's logits, over all rows, near 8 million numbers; if one chunk is enough
-        nothing is recomputed in the backward pass.
+      chunk: positions of a row that are unembedded at once. None: as many as keep the
+        logits of a chunk, over the rows of a device, near 8 million numbers, but 512
+        tokens at least; if one chunk is enough nothing is recomputed in the backward
+        pass.
       softcap: bound of the logits, `model.logit_softcap`; None: unbounded.
 
     Returns:
@@ -103,7 +105,9 @@ def token_stats(
 
 
 def _default_chunk(num_rows, vocab_size):
-    return max(1, _CHUNK_ELEMENTS // (num_rows * vocab_size))
+    """Positions of a row, by the rows and the part of the vocabulary of a device."""
+    tokens = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts("vocab") // vocab_size)
+    return max(1, tokens * row_shards(num_rows) // num_rows)
 
 
 def _statistics(hidden, unembedding, targets, want, softcap):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pref_jax.axes import constrain, whole
+from pref_jax.axes import constrain, gather_all, whole
 from pref_jax.numerics import soft_cap
 from pref_jax.types import Model
 
@@ -113,7 +113,9 @@ def make_sampler(
       end_ids: tokens that end a response; none: responses have full length.
 
     Returns:
-      (params, prompts i32[B, P], length i32[B], keys key[B]) -> Samples. Prompts are
+      (params, prompts i32[B, P], length i32[B], keys key[B]) -> Samples. On a mesh
+      the prompts are split over its devices, every process gets all samples, and a
+      device holds the parameters whole over fsdp while it samples. Prompts are
       padded on the right with any id. A prompt's draws depend on its own key alone, not
       on the other prompts of the batch.
     """
@@ -136,6 +138,8 @@ def make_sampler(
         return tokens, _logps(logits, tokens)
 
     def sample(params, prompts, length, keys):
+        # Once, not once a token.
+        params = gather_all(params, model.param_axes(params))
         prompts, length = constrain(prompts, "rows", None), constrain(length, "rows")
         num_prompts, num_samples = prompts.shape[0], config.num_samples
         shape = (num_prompts, num_samples, config.max_new_tokens)

@@ -42,9 +42,9 @@ class Options:
     experiment: str  # module of experiments/
     preset: str  # one of its PRESETS
     topology: str  # generation and shape, such as v5p:4x4x4 or v5e:16x16
-    data: int = -1  # mesh axis; -1: the chips that are left
-    fsdp: int = 1  # mesh axis
-    tensor: int = 1  # mesh axis
+    data: int | None = None  # mesh axis; -1: the chips that are left
+    fsdp: int | None = None  # mesh axis; None: as the config has it in `mesh`
+    tensor: int | None = None  # mesh axis
     write: str | None = None  # folder of records, such as docs/records
 
 
@@ -234,7 +234,9 @@ def main(args=None) -> int:
             description=f"Config of experiments.{options.experiment}.",
             args=["--preset", options.preset, *rest],
         )
-        axes = {axis: getattr(options, axis) for axis in ("data", "fsdp", "tensor")}
+        axes = dataclasses.asdict(config.mesh) if hasattr(config, "mesh") else {}
+        given = {axis: getattr(options, axis) for axis in ("data", "fsdp", "tensor")}
+        axes |= {axis: size for axis, size in given.items() if size is not None}
         mesh = topology_lib.topology_mesh(options.topology, **axes)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error

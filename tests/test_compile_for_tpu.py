@@ -46,7 +46,7 @@ def test_a_record_holds_the_figures_of_every_program(tmp_path, capsys):
     )
     name, record = read(tmp_path)
     assert name == "tpu_small_v5e_4x2"
-    assert record["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert record["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "tensor": 1}
     assert record["config"]["num_layers"] == 5  # of the command, not of the preset
     assert record["config"]["data_file"] == "p.jsonl"
     assert record["chip"]["source"] == topology.CHIPS["v5e"].source

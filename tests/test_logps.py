@@ -344,10 +344,21 @@ def test_nothing_is_computed_twice_if_one_chunk_is_enough(states):
 
 
 @pytest.mark.parametrize(
-    ("elements", "chunk"), [(1, 1), (3 * V * G, 3), (3 * V * G - 1, 2), (99 * V * G, P)]
+    ("elements", "tokens", "chunk"),
+    [
+        (1, 0, 1),
+        (3 * V * G, 0, 3),
+        (3 * V * G - 1, 0, 2),
+        (99 * V * G, 0, P),
+        (1, 2 * G, 2),
+        (3 * V * G, 2 * G, 3),
+    ],
 )
-def test_a_chunk_is_as_large_as_its_logits_may_be(states, monkeypatch, elements, chunk):
+def test_a_chunk_is_as_large_as_its_logits_may_be(
+    states, monkeypatch, elements, tokens, chunk
+):
     monkeypatch.setattr(logps, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(logps, "_CHUNK_TOKENS", tokens)
 
     def program(**options):
         return str(jax.make_jaxpr(lambda *x: logps.token_stats(*x, **options))(*states))
@@ -429,8 +440,16 @@ def test_no_buffer_of_all_logits_exists(want):
     assert scoring_bytes(1024, chunk=1024, want=want) >= all_logits  # the control
 
 
+def test_the_default_chunk_is_that_of_a_device():
+    """On a mesh the rows and the vocabulary of one device count, not those of all."""
+    alone = logps._default_chunk(2, 2**14)
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
+        found = jax.jit(lambda: logps._default_chunk(8, 2**15))
+        assert found() == alone == 256
+
+
 def test_the_default_chunk_bounds_the_logits():
-    all_logits = 4 * 4096 * 32768 * 4  # 2 GiB; a chunk has 8 million logits, 32 MiB
+    all_logits = 4 * 4096 * 32768 * 4  # 2 GiB; a chunk has 16 million logits, 64 MiB
     assert scoring_bytes(4096, rows=4, vocabulary=32768, chunk=None) < all_logits / 8
 
 
@@ -689,8 +708,9 @@ def kl_from_itself(model, params, batch, **kwargs):
     return logps.token_kl(model, params, batch, anchor_params=params, **kwargs)
 
 
-def test_the_default_chunk_of_token_kl_holds_eight_million_logits():
-    """Two rows and a vocabulary of 2^20: four positions of a row at a time."""
+def test_the_default_chunk_of_token_kl_holds_512_tokens(monkeypatch):
+    """Or eight of them here: two rows, four positions of a row at a time."""
+    monkeypatch.setattr(logps, "_CHUNK_TOKENS", 8)
     groups = fixtures.random_groups(0, 2, 2)
     batch = fixtures.pack_all(groups, 40, rows_multiple=2)
     assert len(batch.tokens) == 2

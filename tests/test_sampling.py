@@ -178,6 +178,9 @@ class OneState:
     def unembedding(self, params):
         return params
 
+    def param_axes(self, params):
+        return ("vocab", "embed")
+
     def decode(self, params, tokens, length, step, cache):
         return jnp.ones((*tokens.shape, 1), jnp.bfloat16), cache
 

@@ -35,7 +35,7 @@ def forward_flops(
     >>> tiny = DecoderConfig(vocab_size=7, width=4, num_layers=1, num_heads=1,
     ...                      num_kv_heads=1, head_dim=4, mlp_width=8)
     >>> forward_flops(tiny, [(1, (1,))]) - forward_flops(tiny, [(1, ())])
-    416.0
+    432.0
     """
     unembedding = 2.0 * config.vocab_size * config.width
     layers = make_decoder(config).flops_per_token - unembedding

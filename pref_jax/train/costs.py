@@ -42,6 +42,8 @@ class Program:
         closed formula: forward and backward, each prompt once, logits at scored
         positions only, nothing computed twice.
       formula: that formula in words.
+      while_turns: most turns of its `while_loop`s, which say so nowhere themselves;
+        None: it has none with matrix products.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Program:
     arguments: tuple
     useful_flops: float
     formula: str
+    while_turns: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Costs:
         return dict(totals.most_common())
 
 
-def count_flops(jaxpr) -> float:
+def count_flops(jaxpr, *, while_turns: int | None = None) -> float:
     """Flops of all matrix products and convolutions, 2 for each multiply-add.
 
     Products whose result nobody needs are left out first, as the compiler does. A
@@ -115,6 +118,7 @@ def count_flops(jaxpr) -> float:
 
     Args:
       jaxpr: such as `jax.jit(f).trace(*arguments).jaxpr`.
+      while_turns: of a `while_loop`; None: one with products is an error.
 
     Returns:
       Flops over all devices.
@@ -130,17 +134,17 @@ def count_flops(jaxpr) -> float:
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return float(_flops(needed))
+    return float(_flops(needed, while_turns))
 
 
 _NOT_COUNTED = ("ragged_dot", "ragged_dot_general", "scaled_matmul")
 
 
-def _flops(jaxpr) -> float:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def _flops(jaxpr, turns) -> float:
+    return sum(_equation_flops(equation, turns) for equation in jaxpr.eqns)
 
 
-def _equation_flops(equation) -> float:
+def _equation_flops(equation, turns) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         left = equation.invars[0].aval.shape
@@ -157,19 +161,19 @@ def _equation_flops(equation) -> float:
             f"`count_flops` does not count {name}; write the product as a dot_general, "
             f"or add its formula."
         )
-    inside = [_flops(inner) for inner in _inner_jaxprs(params.values())]
+    inside = [_flops(inner, turns) for inner in _inner_jaxprs(params.values())]
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "cond":
         return max(inside)
     if name == "while":
-        if any(inside):
+        if any(inside) and turns is None:
             raise ValueError(
                 "`count_flops` cannot count the matrix products inside a while_loop, "
                 "whose number of turns is not known; use lax.scan, or lax.fori_loop "
-                "with constant bounds."
+                "with constant bounds, or say how often with `while_turns`."
             )
-        return 0
+        return (turns or 0) * sum(inside)
     if name == "shard_map":
         axes = params.get("newly_manual_axes", params.get("manual_axes"))
         return sum(inside) * math.prod(params["mesh"].shape[axis] for axis in axes)
@@ -223,12 +227,13 @@ def measure(program: Program, mesh: Mesh) -> Costs:
         ) from error
     seconds = time.perf_counter() - begin
     found, text = compiled.memory_analysis(), compiled.as_text()
+    turns = {"unknown_turns": program.while_turns or 1}
     return Costs(
         name=program.name,
         num_chips=mesh.devices.size,
         useful_flops=program.useful_flops,
         formula=program.formula,
-        flops=count_flops(traced.jaxpr),
+        flops=count_flops(traced.jaxpr, while_turns=program.while_turns),
         memory=Memory(
             arguments=found.argument_size_in_bytes,
             outputs=found.output_size_in_bytes,
@@ -236,8 +241,8 @@ def measure(program: Program, mesh: Mesh) -> Costs:
             temporaries=found.temp_size_in_bytes,
             code=found.generated_code_size_in_bytes,
         ),
-        hbm_bytes=bytes_accessed(text),
-        collectives=tuple(collectives(text, mesh)),
+        hbm_bytes=bytes_accessed(text, **turns),
+        collectives=tuple(collectives(text, mesh, **turns)),
         unknown_loops=tuple(unknown_loops(text)),
         compile_seconds=seconds,
     )

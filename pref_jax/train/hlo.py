@@ -405,7 +405,7 @@ def _describe(
     return kind, _axes_of(groups, mesh), n, num_bytes
 
 
-def collectives(hlo_text: str, mesh) -> list[Collective]:
+def collectives(hlo_text: str, mesh, *, unknown_turns: int = 1) -> list[Collective]:
     """Every collective of an optimised program, in the order of the text.
 
     Asynchronous ones count once, where they start. Of a conditional, only the branch
@@ -414,6 +414,7 @@ def collectives(hlo_text: str, mesh) -> list[Collective]:
     Args:
       hlo_text: `compiled.as_text()`.
       mesh: `jax.sharding.Mesh` that the program was compiled for.
+      unknown_turns: of a loop whose number of turns the text does not tell.
 
     Raises:
       ValueError: not the text of a program, or replica groups of an unknown spelling.
@@ -445,7 +446,7 @@ def collectives(hlo_text: str, mesh) -> list[Collective]:
                     )
             elif instruction.opcode == "while":
                 trips = program.trips(computation, instruction)
-                turns = executions * (1 if trips is None else trips)
+                turns = executions * (unknown_turns if trips is None else trips)
                 exact = is_exact and trips is not None
                 for part in ("condition", "body"):
                     inside = (turns, exact, (*loops, here), here)
@@ -535,16 +536,18 @@ _FREE = {
 }
 
 
-def bytes_accessed(hlo_text: str) -> float:
+def bytes_accessed(hlo_text: str, *, unknown_turns: int = 1) -> float:
     """Bytes that one chip reads from and writes to HBM in one call: an estimate.
 
     Each kernel reads its operands once and writes its result once, loop bodies as often
-    as they turn (once, where that is unknown); of a conditional, the branch that
-    accesses most. What is sliced out of an array or updated in place counts with the
-    size of the slice, and what the TPU compiler keeps in fast memory not at all.
+    as they turn (`unknown_turns`, where the text does not tell); of a conditional, the
+    branch that accesses most. What is sliced out of an array or updated in place counts
+    with the size of the slice, and what the TPU compiler keeps in fast memory not at
+    all.
 
     Args:
       hlo_text: `compiled.as_text()`.
+      unknown_turns: as in `collectives`.
     """
     program = _Program(hlo_text)
 
@@ -558,7 +561,7 @@ def bytes_accessed(hlo_text: str) -> float:
         opcode = instruction.opcode
         if opcode == "while":
             trips = program.trips(computation, instruction)
-            return (1 if trips is None else trips) * of_computation(
+            return (unknown_turns if trips is None else trips) * of_computation(
                 instruction.called("body")
             )
         if opcode == "conditional":

@@ -265,9 +265,9 @@ def fake_mesh(shape, extent):
     devices = np.empty(len(coords), object)
     devices[:] = [types.SimpleNamespace(coords=list(c)) for c in coords]
     return types.SimpleNamespace(
-        devices=devices.reshape(shape),
+        devices=devices.reshape(1, *shape),
         axis_names=sharding.MESH_AXES,
-        shape=dict(zip(sharding.MESH_AXES, shape, strict=True)),
+        shape=dict(zip(sharding.MESH_AXES, (1, *shape), strict=True)),
     )
 
 
