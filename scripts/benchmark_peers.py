@@ -1,4 +1,4 @@
-"""Our DPO training step beside those of TRL and Tunix: same work, same machine, in turn.
+"""Our DPO training step beside those of TRL and Tunix: one work, one machine, in turn.
 
     python scripts/benchmark_peers.py
     python scripts/benchmark_peers.py --pairs train.jsonl.gz --tokenizer DIR
@@ -88,7 +88,9 @@ ENTRIES = {
 class Config:
     """What is measured, and on which shapes."""
 
-    contestants: tuple[str, ...] = tuple(ENTRIES)  # ours with a stored anchor among them
+    contestants: tuple[str, ...] = tuple(
+        ENTRIES
+    )  # ours with a stored anchor among them
     rounds: int = 5  # timed blocks of each
     steps: int = 8  # of a block
     pairs_per_step: int = 8
@@ -258,13 +260,13 @@ def check_agreement(
     Raises:
       ValueError: a distance is above `tolerance`: they do not do the same work.
     """
-    first = max(abs(found[0] - math.log(2)) for found in losses.values())
+    first = float(np.max([abs(found[0] - math.log(2)) for found in losses.values()]))
     apart = {}
     for order in sorted(set(orders.values())):
         curves = np.array([losses[name] for name in losses if orders[name] == order])
         apart[order] = float(np.ptp(curves, axis=0).max())
-    largest = max(apart.values())
-    if not max(first, largest) <= tolerance:
+    largest = float(np.max(list(apart.values())))
+    if not (first <= tolerance and largest <= tolerance):  # nor where one is NaN
         raise ValueError(
             f"the contestants do not do the same work: a first loss lies {first:.2e} "
             f"from log 2 and two losses of a step {largest:.2e} apart ({apart}); "
@@ -317,9 +319,7 @@ def summarise(
 def rounded(value, digits: int = 4):
     """A record's numbers with as many digits as they deserve; losses keep seven."""
     if isinstance(value, dict):
-        return {
-            k: rounded(v, 7 if k == "losses" else digits) for k, v in value.items()
-        }
+        return {k: rounded(v, 7 if k == "losses" else digits) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v, digits) for v in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = "docs/records"
 GPU_RECORD = "benchmark_gpu"
+_PEER_COSTS = ("time", "cpu")
 _KEPT = ("experiment", "results", "config", "environment", "seconds")
 _SLOT = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -254,6 +255,47 @@ def loss_benchmarks(records) -> str:
     return markdown(columns, rows) + f"{text}.\n"
 
 
+def peers(records) -> str:
+    """The DPO steps of other libraries beside ours: rate, memory, ratios."""
+    record = records.get("peers")
+    if record is None:
+        return "not run\n"
+    ours = list(record["contestants"])[:2]
+    rows = []
+    for name, found in record["contestants"].items():
+        shape = f"{found['shape']}, {100 * found['fill']:.0f} %"
+        row = [name, shape, f"{found['pairs_per_second']:.2f}"]
+        row.append(f"{found['cpu_seconds_per_pair']:.2f}")
+        row.append(f"{found['peak_bytes'] / 1e9:.1f}")
+        for of in ours:
+            ratios = found["ratios"].get(of)
+            row += [_interval(ratios[key], 2) if ratios else "-" for key in _PEER_COSTS]
+        row.append(f"{found['start_seconds']:.0f} + {found['warm_up_seconds']:.0f}")
+        rows.append(row)
+    short = [of.removeprefix("pref_jax, ") for of in ours]
+    columns = ["contestant", "positions, filled", "pairs/s", "CPU s / pair", "peak, GB"]
+    columns += [f"{key} / ours, {of}" for of in short for key in _PEER_COSTS]
+    columns.append("start + warm up, s")
+    config, data, agreement = (record[k] for k in ("config", "data", "agreement"))
+    versions = {}
+    for found in record["contestants"].values():
+        versions |= found["versions"]
+    named = ("jax", "trl", "torch", "google-tunix")
+    environment = record["environment"]
+    text = (
+        f"\n{config['rounds']} rounds of {config['steps']} steps of "
+        f"{config['pairs_per_step']} pairs; lengths {data['lengths']}, means "
+        f"{' + '.join(f'{n:.0f}' for n in data['mean_tokens'][:2])} / "
+        f"{data['mean_tokens'][2]:.0f} tokens; {record['parameters'] / 1e6:.1f} "
+        f"million parameters; {config['threads']} processors; "
+        f"{', '.join(f'{name} {versions[name]}' for name in named if name in versions)}"
+        f"; commit {environment['commit'][:12]}. First losses lie within "
+        f"{agreement['first_loss_from_log_2']:.0e} of log 2, all losses of a step "
+        f"within {agreement['losses_apart']:.0e} of each other.\n"
+    )
+    return markdown(columns, rows) + text
+
+
 def data_sets(records) -> str:
     """Rows in, rows used, rows left out with the reason, of each surveyed source."""
     survey = records.get("data_sets")
@@ -371,6 +413,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "gpu-benchmark": gpu_benchmark,
     "loading": loading,
     "loss-benchmarks": loss_benchmarks,
+    "peers": peers,
     "data-sets": data_sets,
     "mutants": mutants,
     "surviving-mutants": surviving_mutants,

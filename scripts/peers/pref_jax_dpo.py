@@ -10,11 +10,11 @@ import dataclasses
 import functools
 import pathlib
 
+import blocks
 import jax
 import numpy as np
 import optax
 
-import blocks
 from pref_jax import anchors, rewards
 from pref_jax.data import anchor_cache, rows, sources
 from pref_jax.logps import response_scores

@@ -114,7 +114,7 @@ class Blocks:
 
 
 def alternate(contestants: Sequence, num_rounds: int, *, say=print) -> list[Blocks]:
-    """A first block of each, then rounds of one block each, each round begun by another.
+    """A first block of each, then rounds of a block each, begun by another every time.
 
     Args:
       contestants: with a `name` and a `block()` as of `Contestant`.

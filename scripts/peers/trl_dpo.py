@@ -7,12 +7,11 @@ ids are given, so neither row tokenises.
 
 from __future__ import annotations
 
+import blocks
 import datasets
 import tokenizers
 import transformers
 import trl
-
-import blocks
 
 SETTINGS = {
     "defaults": {},

@@ -6,6 +6,7 @@ reference logps: the reference scores every batch in both rows.
 
 from __future__ import annotations
 
+import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,6 @@ from flax import nnx
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as llama_params
 from tunix.sft.dpo import dpo_trainer
-
-import blocks
 
 MULTIPLE = 32
 """Of the padded lengths of the best row, to which its steps are compiled."""
