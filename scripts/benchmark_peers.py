@@ -72,8 +72,9 @@ class Entry:
 ENTRIES = {
     STORED: Entry("pref_jax_dpo.py", "drawn", {"anchor": "stored"}),
     LIVE: Entry("pref_jax_dpo.py", "drawn", {"anchor": "live"}),
+    # Steps of unlike size: shorter rows leave less of them empty.
     "pref_jax, stored anchor, by length": Entry(
-        "pref_jax_dpo.py", "by length", {"anchor": "stored"}
+        "pref_jax_dpo.py", "by length", {"anchor": "stored", "row_length": 1024}
     ),
     "TRL, defaults": Entry("trl_dpo.py", "drawn", {"settings": "defaults"}, "trl"),
     "TRL, best": Entry("trl_dpo.py", "by length", {"settings": "best"}, "trl"),
@@ -95,7 +96,7 @@ class Config:
     steps: int = 8  # of a block
     pairs_per_step: int = 8
     threads: int = 2  # processors of each process
-    row_length: int = 1024  # of ours, as `max_length` is of theirs
+    row_length: int = 2688  # of ours in drawn order: all pairs of a step in one row
     vocab_size: int = 50257  # V, that of `tokenizer` where one is given
     width: int = 256  # D
     num_layers: int = 4
