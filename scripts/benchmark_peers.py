@@ -104,7 +104,7 @@ class Config:
     mlp_width: int = 704
     tied: bool = True  # unembedding = embedding
     beta: float = 0.1  # reward per nat
-    learning_rate: float = 1e-4  # constant
+    learning_rate: float = 1e-5  # constant; at 1e-4 a block is known by heart at once
     tolerance: float = 1e-3  # of every loss, nats
     environments: str = ".peers"  # folder of the peers' environments
     pairs: str | None = None  # .jsonl or .jsonl.gz of pairs
