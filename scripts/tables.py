@@ -260,9 +260,11 @@ def peers(records) -> str:
     record = records.get("peers")
     if record is None:
         return "not run\n"
-    ours = list(record["contestants"])[:2]
+    contestants = record["contestants"]
+    compared = {of for found in contestants.values() for of in found["ratios"]}
+    ours = [name for name in contestants if name in compared]
     rows = []
-    for name, found in record["contestants"].items():
+    for name, found in contestants.items():
         shape = f"{found['shape']}, {100 * found['fill']:.0f} %"
         row = [name, shape, f"{found['pairs_per_second']:.2f}"]
         row.append(f"{found['cpu_seconds_per_pair']:.2f}")
@@ -278,7 +280,7 @@ def peers(records) -> str:
     columns.append("start + warm up, s")
     config, data, agreement = (record[k] for k in ("config", "data", "agreement"))
     versions = {}
-    for found in record["contestants"].values():
+    for found in contestants.values():
         versions |= found["versions"]
     named = ("jax", "trl", "torch", "google-tunix")
     environment = record["environment"]
