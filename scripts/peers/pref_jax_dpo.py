@@ -107,12 +107,12 @@ def train(job: blocks.Job) -> None:
         shardings = sharding.state_shardings(
             mesh, model.param_axes(params), state, optimizer
         )
-        compiled = sharding.compile_train_step(
-            make_train_step(method, model, optimizer), mesh, shardings
-        )
+        observe = loop.observing(rows.count_batch)
+        step = make_train_step(method, model, optimizer, observe=observe)
+        compiled = sharding.CompiledStep(step, mesh, shardings)
         losses = []
 
-        def step(state, batch):
+        def recorded(state, batch):
             state, outputs = compiled(state, batch)
             losses.append(outputs["metrics"]["loss"])
             return state, outputs
@@ -140,11 +140,10 @@ def train(job: blocks.Job) -> None:
                     validate_every=num_steps,
                     checkpoint_every=num_steps,
                 ),
-                step=step,
+                step=recorded,
                 source=source,
                 place=functools.partial(sharding.place_batch, mesh),
                 validate=lambda state: {},
-                count=rows.count_batch,
                 guard=guard,
             )
 
