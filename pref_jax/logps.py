@@ -93,10 +93,11 @@ def token_stats(
     unembedding = gather(unembedding.astype(hidden.dtype), ("vocab", "embed"))
     copies = jnp.broadcast_to(unembedding[None], (shards, *unembedding.shape))
     copies = constrain(copies, "rows", "vocab", None)
-    if chunk >= num_predict:
-        stats = _statistics(hidden, copies, targets, want, softcap)
-    else:
-        stats = _chunked_statistics(hidden, copies, targets, want, softcap, chunk)
+    with jax.named_scope("token_stats"):
+        if chunk >= num_predict:
+            stats = _statistics(hidden, copies, targets, want, softcap)
+        else:
+            stats = _chunked_statistics(hidden, copies, targets, want, softcap, chunk)
     keep = predict >= 0
     return {
         name: jnp.where(keep, value.reshape(predict.shape), 0.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from pref_jax.anchors import Anchor
@@ -83,10 +84,15 @@ def objective(method: Method, model, params, anchor_params, batch: ResponseBatch
             f"has {', '.join(sorted(batch.extras)) or 'none'}. Build the source with "
             f"them."
         )
-    scores = method.score(model, params, batch)
-    anchor_scores = method.anchor.scores(model, anchor_params, batch, scores)
-    rewards = method.reward(scores, anchor_scores, batch)
-    loss, metrics = method.loss(rewards, scores, batch)
+    # Traces and compiled programs tell the steps apart by these names.
+    with jax.named_scope("score"):
+        scores = method.score(model, params, batch)
+    with jax.named_scope("anchor"):
+        anchor_scores = method.anchor.scores(model, anchor_params, batch, scores)
+    with jax.named_scope("reward"):
+        rewards = method.reward(scores, anchor_scores, batch)
+    with jax.named_scope("loss"):
+        loss, metrics = method.loss(rewards, scores, batch)
     return loss, method.weight(batch), metrics
 
 

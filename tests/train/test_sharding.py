@@ -1,6 +1,8 @@
 """Where arrays live changes how fast a step is, never what it computes."""
 
+import functools
 import math
+import re
 
 import jax
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import tiny_stage
+from pref_jax import logps
 from pref_jax.data import sources
-from pref_jax.train import sharding
+from pref_jax.method import objective
+from pref_jax.models import decoder
+from pref_jax.train import hlo, sharding
 from pref_jax.train.state import init_state
-from pref_jax.train.step import make_train_step
+from pref_jax.train.step import make_train_step, weighted_mean
 from tiny_stage import DPO, MODEL, make_groups, make_params
 
 SGD = optax.sgd(0.3)
@@ -145,6 +150,7 @@ def test_rows_that_the_devices_do_not_divide_are_an_error():
 MESHES = {
     "data=8": ({"data": 8}, 1),
     "fsdp=8": ({"fsdp": 8}, 1),
+    "data=4 fsdp=2": ({"data": 4, "fsdp": 2}, 1),
     "fsdp=2 tensor=2 data=2": ({"fsdp": 2, "tensor": 2, "data": 2}, 2),
     "fsdp=4 tensor=2": ({"fsdp": 4, "tensor": 2}, 1),
 }
@@ -158,16 +164,20 @@ def place_state(mesh, optimizer):
     return jax.device_put(state, shardings), shardings
 
 
-def two_updates(mesh, num_microbatches):
-    """The state after two updates by DPO with a live anchor, and both metrics."""
-    batches = sources.training_batches(
+def make_batches(num_steps):
+    return sources.training_batches(
         make_groups(13, seed=2),
         groups_per_step=10,
-        num_steps=2,
+        num_steps=num_steps,
         row_length=tiny_stage.ROW_LENGTH,
         seed=0,
         rows_multiple=8,
     )
+
+
+def updates(mesh, num_microbatches, num_steps=2):
+    """The state after updates by DPO with a live anchor, and the metrics of each."""
+    batches = make_batches(num_steps)
     step = make_train_step(DPO, MODEL, SGD, num_microbatches=num_microbatches)
     metrics = []
     with jax.set_mesh(mesh):
@@ -186,27 +196,136 @@ def two_updates(mesh, num_microbatches):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return two_updates(sharding.make_mesh(devices=jax.devices()[:1]), 1)
+    return updates(sharding.make_mesh(devices=jax.devices()[:1]), 1)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_compute_what_one_does(name, on_one_device):
     sizes, num_microbatches = MESHES[name]
-    state, metrics = two_updates(sharding.make_mesh(**sizes), num_microbatches)
+    state, metrics = updates(sharding.make_mesh(**sizes), num_microbatches)
     expected_state, expected = on_one_device
     assert expected[1]["rewards/margin"] > 0.01  # the parameters have moved
     for found, wanted in zip(metrics, expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for tree in ("params", "anchor"):
+        assert_close(getattr(state, tree), getattr(expected_state, tree), 1e-5)
+
+
+def assert_close(found, expected, tolerance):
+    """Relative to the norm of the leaf: small entries are sums that cancel."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data=8", "data=4 fsdp=2", "fsdp=2 tensor=2 data=2"])
+def test_twenty_steps_on_eight_devices_are_those_of_one(name):
+    sizes, num_microbatches = MESHES[name]
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    expected, _ = updates(alone, 1, num_steps=20)
+    found, _ = updates(sharding.make_mesh(**sizes), num_microbatches, num_steps=20)
+    moved = [
+        np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b)
         for a, b in zip(
-            jax.tree.leaves(getattr(state, tree)),
-            jax.tree.leaves(getattr(expected_state, tree)),
+            jax.tree.leaves(expected.params),
+            jax.tree.leaves(make_params()),
             strict=True,
-        ):
-            a, b = np.asarray(a), np.asarray(b)
-            # Relative to the norm of the leaf: small entries are sums that cancel.
-            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+        )
+    ]
+    assert min(moved) > 1e-2
+    assert_close(found.params, expected.params, 1e-4)
+
+
+DEEP = decoder.make_decoder(
+    decoder.DecoderConfig(
+        vocab_size=tiny_stage.VOCAB_SIZE,
+        width=16,
+        num_layers=5,  # no other size is a multiple of it: a stack is told from a layer
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        mlp_width=32,
+    )
+)
+
+
+def loss_and_gradient(params, anchor, batch):
+    def mean(params):
+        loss, weight, _ = objective(DPO, DEEP, params, anchor, batch)
+        return weighted_mean(loss, weight)
+
+    return jax.value_and_grad(mean)(params)
+
+
+def on_mesh(mesh):
+    """Parameters, those of another anchor, and a batch."""
+    found = [make_params(seed, DEEP) for seed in (0, 1)]
+    shardings = sharding.param_shardings(mesh, DEEP.param_axes(found[0]), found[0])
+    batch = sharding.place_batch(mesh, make_batches(1)[0])
+    return *jax.device_put(found, [shardings] * 2), batch
+
+
+@pytest.mark.parametrize("name", ["data=8", "data=4 fsdp=2", "fsdp=2 tensor=2 data=2"])
+def test_gradients_on_eight_devices_are_those_of_one(name):
+    found = []
+    for mesh in (
+        sharding.make_mesh(devices=jax.devices()[:1]),
+        sharding.make_mesh(**MESHES[name][0]),
+    ):
+        with jax.set_mesh(mesh):
+            found.append(jax.jit(loss_and_gradient)(*on_mesh(mesh)))
+    assert_close(found[1], found[0], 1e-5)
+
+
+# --- what is exchanged ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exchanged():
+    """The collectives of loss and gradient by mesh, with chunks of few tokens."""
+
+    @functools.cache
+    def compiled(**sizes):
+        mesh = sharding.make_mesh(**sizes)
+        with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logps, "_CHUNK_ELEMENTS", 1)
+            patch.setattr(logps, "_CHUNK_TOKENS", 4)
+            step = jax.jit(loss_and_gradient)
+            text = step.lower(*on_mesh(mesh)).compile().as_text()
+        return hlo.collectives(text, mesh), mesh
+
+    return compiled
+
+
+ALL_MESHES = [{"data": 8}, {"data": 4, "fsdp": 2}, {"fsdp": 2, "tensor": 2, "data": 2}]
+
+
+@pytest.mark.parametrize("sizes", ALL_MESHES, ids=str)
+def test_a_loss_of_each_prompt_exchanges_nothing(exchanged, sizes):
+    found, _ = exchanged(**sizes)
+    scopes = [collective.scope for collective in found]
+    assert any("score" in scope for scope in scopes) or sizes == {"data": 8}
+    assert not [s for s in scopes if re.search(r"\b(loss|reward)\b", s)]
+
+
+@pytest.mark.parametrize("sizes", ALL_MESHES[:2], ids=str)
+def test_the_chunks_of_scoring_exchange_nothing(exchanged, sizes):
+    """Loops in the scope of scoring: that over layers is in a scope of the decoder."""
+    found, _ = exchanged(**sizes)
+    assert found
+    assert not [c for c in found if c.loops and "token_stats" in c.scope]
+
+
+@pytest.mark.parametrize("sizes", ALL_MESHES[1:], ids=str)
+def test_layers_are_gathered_one_by_one(exchanged, sizes):
+    found, mesh = exchanged(**sizes)
+    gathers = [c for c in found if c.kind == "all-gather" and c.loops]
+    assert gathers and all("fsdp" in c.axes for c in gathers)
+    stacks = jax.tree.leaves(on_mesh(mesh)[0]["blocks"])
+    for stack in stacks:
+        assert not hlo.gathers_of(found, stack, mesh)
 
 
 def test_optimiser_and_anchor_are_split_like_the_parameters():
@@ -231,3 +350,16 @@ def test_a_state_without_an_anchor_keeps_none():
     state = init_state(params, SGD, rng=jax.random.key(0))
     shardings = sharding.state_shardings(mesh, MODEL.param_axes(params), state, SGD)
     assert shardings.anchor == ()
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, *ALL_MESHES[1:]], ids=str)
+def test_states_of_rows_do_not_leave_the_devices_of_their_rows(exchanged, sizes):
+    """What layers exchange beside parameters are sums over tensor."""
+    found, _ = exchanged(**sizes)
+    states = [
+        c
+        for c in found
+        if c.loops and any(tiny_stage.ROW_LENGTH in x.dims for x in c.outputs)
+    ]
+    assert all(c.axes == ("tensor",) for c in states)
+    assert bool(states) == (sizes.get("tensor", 1) > 1)
