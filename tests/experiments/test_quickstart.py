@@ -7,11 +7,9 @@ import sys
 
 import jax
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import own_files as files
 from pref_jax.models import pretrained
-from pref_jax.models.decoder import DecoderConfig, make_decoder
 from scripts import convert_checkpoint
 
 TINY = (
@@ -44,32 +42,9 @@ def _root_on_path(monkeypatch, pytestconfig):
 
 @pytest.fixture(scope="module")
 def own_files(tmp_path_factory):
-    """Forty pairs and a byte-level tokenizer, as a user would bring them."""
+    """A folder of what a user brings."""
     folder = tmp_path_factory.mktemp("own")
-    lines = [
-        {
-            "prompt": f"What is {i} plus {i}?",
-            "chosen": f" It is {2 * i}.",
-            "rejected": f" It is {i}, I think.",
-        }
-        for i in range(40)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([str(line) for line in lines], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.save_pretrained(folder / "tokenizer")
-    (folder / "mygrade.py").write_text(
-        "def short(prompt, response):\n    return -len(response)\n"
-    )
+    files.write(folder)
     return folder
 
 
@@ -139,10 +114,7 @@ def test_own_pairs_with_a_grade_have_a_true_reward(own_files, tmp_path, monkeypa
 @pytest.mark.slow
 def test_adapters_on_a_model_end_as_a_folder_that_is_a_model_again(own_files, tmp_path):
     """From a Hugging Face folder, over adapters, a stage and a conversion, to one."""
-    tokenizer = AutoTokenizer.from_pretrained(own_files / "tokenizer")
-    config = DecoderConfig(300, 16, 2, 2, 1, 8, 24, max_positions=256)
-    params = jax.jit(make_decoder(config).init)(jax.random.key(0))
-    pretrained.save(tmp_path / "base", config, params, tokenizer=tokenizer)
+    params = files.save_model(tmp_path / "base", own_files / "tokenizer")
     data = ("--data", own_files / "pairs.jsonl", "--sft.groups-per-step", 8)
     adapters = ("--adapters", "--lora.rank", 2)
     run = tmp_path / "runs/quickstart/001"
