@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fixtures
 from pref_jax.data import anchor_cache, rows, sources, token_cache
@@ -204,5 +205,19 @@ def test_parameters_are_known_by_every_bit_name_and_shape():
         {**params, "a": params["a"].reshape(3, 2)},
         {"a": params["a"], "b": {"d": jnp.ones(2)}},
         {**params, "b": {"c": jnp.ones(2, jnp.bfloat16)}},
+        {**params, "a": params["a"][::-1]},
+        {**params, "a": params["a"][:, jnp.array([1, 0, 2])]},
+        {**params, "b": {"c": -jnp.ones(2)}},
+        {**params, "b": {"c": jnp.ones(2, bool)}},
     ]
-    assert len({known, *map(anchor_cache.params_identity, others)}) == 5
+    assert len({known, *map(anchor_cache.params_identity, others)}) == 9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_the_mesh_does_not_change_what_parameters_are_known_by(dtype):
+    params = {"a": jnp.arange(64).reshape(8, 8).astype(dtype)}
+    known = anchor_cache.params_identity(params)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    for spec in (PartitionSpec("x", "y"), PartitionSpec(None, "x")):
+        split = jax.device_put(params, NamedSharding(mesh, spec))
+        assert anchor_cache.params_identity(split) == known

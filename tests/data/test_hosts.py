@@ -1,5 +1,6 @@
 """What a step holds depends on its number: not on hosts, devices, or restarts."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,13 +8,14 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fixtures
-from pref_jax.data import sources
+from pref_jax.data import rows, sources
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_STEPS = 7
@@ -68,6 +70,39 @@ def test_a_step_holds_the_same_groups_on_any_devices_and_after_any_restart(
         assert len(members(batch)) == 4
 
 
+class Watched:
+    """Groups that remember which of them were read."""
+
+    def __init__(self, groups):
+        self.groups, self.read = groups, []
+        self.lengths = rows.measure(groups)
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.groups[index]
+
+
+@pytest.mark.parametrize("own", [[0], [1], [2, 3], [3, 1]], ids=str)
+def test_a_process_builds_and_reads_its_own_rows_alone(own):
+    whole = batches(rows_multiple=4)
+    groups = Watched(whole.groups)
+    part = dataclasses.replace(whole, groups=groups).of_rows(own)
+    per_row = whole.shape.groups_per_row
+    slots = [g * per_row + e for g in own for e in range(per_row)]
+    for number in range(NUM_STEPS):
+        groups.read.clear()
+        found, expected = part[number], whole[number]
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            index = own if len(b) == whole.shape.num_rows else slots
+            np.testing.assert_array_equal(a, b[index])
+        texts = {groups.groups[i].prompt.tobytes() for i in groups.read}
+        first = groups.groups[whole.indices(number)[0]].prompt.tobytes()
+        assert len(texts - {first}) <= (found.record >= 0).sum()
+
+
 PROCESS = """
 import json, sys
 import jax
@@ -82,10 +117,12 @@ from pref_jax.train import sharding
 mesh = sharding.make_mesh()
 shards = sharding.num_row_shards(mesh)
 assert shards == jax.device_count() == max(1, jax.process_count())
-for batch in test_hosts.batches(rows_multiple=2):
+found = test_hosts.batches(rows_multiple=2)
+for batch in found.of_rows(sharding.own_rows(mesh, found.shape.num_rows)):
     placed = sharding.place_batch(mesh, batch)
     own = [s.data.shape[0] for s in placed.tokens.addressable_shards]
-    assert sum(own) * jax.process_count() == batch.tokens.shape[0]
+    assert sum(own) == batch.tokens.shape[0]
+    assert placed.tokens.shape[0] == found.shape.num_rows
     whole = multihost_utils.process_allgather(placed, tiled=True)
     print(json.dumps([np.asarray(x).tolist() for x in jax.tree.leaves(whole)]))
 """
