@@ -7,17 +7,17 @@
 With `beta` it is DPO on pairs, anchored to the model that it starts from; without, SFT
 on demonstrations, or on the chosen response of each pair. All parameters are trained,
 or low-rank adapters. The anchor's logps are stored before training, so that its
-parameters leave memory. The result is evaluated on held-out pairs and written as a
-stage of its own in the run's folder, which --model of any experiment takes and
-`scripts/convert_checkpoint.py` turns into a Hugging Face folder.
+parameters leave memory. After DPO the rewards of held-out pairs are measured. The model
+is a stage in the run's folder, which --model of any experiment takes and
+`scripts/convert_checkpoint.py` turns into a Hugging Face folder; both read from a disk.
 
 The presets name a model, what is trained, and the TPU slice whose mesh and
 micro-batches they set. What they plan for (`planned`) is a batch of pairs of a stated
 size: that is what `scripts/compile_for_tpu.py` compiles, from shapes alone. A run takes
 the sizes of its data instead.
 
-Source: DPO, arXiv:2305.18290v3. Reproduces no table. Hardware: of the preset. Compiled
-for its slice (docs/tpu.md), not run there.
+Source: DPO, arXiv:2305.18290v3. Reproduces no table. Hardware: of the preset; not run
+there. docs/tpu.md says which presets were compiled for their slice.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Config:
     adapters: bool = False  # train low-rank adapters instead of all parameters
     lora: LoraConfig = LoraConfig()  # the adapters
     model: str | None = None  # folder of the checkpoint: Hugging Face, adapter, stage
-    shape: str = "llama-3-8b"  # of models/published.py; for `programs`, without `model`
+    shape: str = "llama-3-8b"  # of models/published.py: what `programs` compiles
     data: tuple[str, ...] = ()  # pairs or demonstrations: files, folders, ...
     weights: tuple[float, ...] = ()  # share of each of `data`; none: by its size
     rename: tuple[str, ...] = ()  # fields of `data`, such as correct=labels
@@ -116,7 +116,7 @@ class Config:
     cache: str = "runs/token_cache"  # folder of what was tokenised of `data`
     compute: Compute = Compute()
     mesh: MeshSizes = MeshSizes()
-    planned: Planned = Planned()
+    planned: Planned = Planned()  # what `programs` compiles; a run has its own sizes
     name: str | None = None  # of the run; None: continue an unfinished run, or a number
     root: str = "runs/finetune"  # folder of the runs; may be gs://
     seed: int = 0  # of data order and adapters
@@ -264,15 +264,22 @@ PRESETS = {"smoke": SMOKE, **METHODS} | {
 }
 
 
+def _param_dtype(config: Config) -> str:
+    """Of the parameters that are loaded: what is trained of them is float32."""
+    return config.compute.dtype if config.adapters else "float32"
+
+
 def programs(config: Config, mesh) -> list[Program]:
-    """What a run of this config compiles, from shapes alone.
+    """What is to be compiled for this config, from shapes alone.
 
     Args:
       config: of a preset; with `model` the sizes of that checkpoint.
       mesh: of `make_mesh`.
 
     Returns:
-      The train step, the scoring pass of the anchor, and the sampler.
+      The train step; for DPO the scoring pass of the anchor; and the sampler on
+      parameters of bfloat16, which runs of this module do not need, but methods that
+      sample while they train.
     """
     sizes = published.SHAPES[config.shape]
     if config.model is not None:
@@ -291,7 +298,7 @@ def programs(config: Config, mesh) -> list[Program]:
         split = functools.partial(lora.split, config=config.lora, key=jax.random.key(0))
         frozen, trained = jax.eval_shape(split, whole)
         frozen = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen
+            lambda x: jax.ShapeDtypeStruct(x.shape, _param_dtype(config)), frozen
         )
     num_responses = 1 if config.beta is None else 2
     group = (plan.prompt, (plan.response,) * num_responses)
@@ -330,18 +337,19 @@ def programs(config: Config, mesh) -> list[Program]:
             formula=f"{flops.FORMULA}, {passes} passes",
         )
     ]
-    # Scoring and sampling read whole models, cast once.
-    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), whole)
     plain = decoder.make_decoder(sizes)
-    held = sharding.with_shardings(
-        held, sharding.param_shardings(mesh, plain.param_axes(held), held)
-    )
+    shardings = sharding.param_shardings(mesh, plain.param_axes(whole), whole)
+
+    def held(dtype):
+        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), whole)
+        return sharding.with_shardings(cast, shardings)
+
     if config.beta is not None:
         found.append(
             Program(
                 name="scoring pass",
                 function=jax.jit(functools.partial(response_scores, plain)),
-                arguments=(held, batch),
+                arguments=(held(_param_dtype(config)), batch),
                 useful_flops=forward,
                 formula=f"{flops.FORMULA}, 1 pass",
             )
@@ -355,7 +363,7 @@ def programs(config: Config, mesh) -> list[Program]:
             name="sampler",
             function=make_sampler(plain, settings, end_ids=(0,)).draw,
             arguments=(
-                held,
+                held(jnp.bfloat16),
                 jax.ShapeDtypeStruct(
                     (prompts, plan.prompt), jnp.int32, sharding=everywhere
                 ),
@@ -397,14 +405,15 @@ def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
         config.stage,
         unit=unit,
         start=config.model,
+        consume=True,
     )
     results = {"steps": fitted.steps, "seconds": fitted.seconds}
     if config.beta is not None:
-        models = {"before": params, "after": trained}
+        # Before training all rewards are 0.
+        models = {"trained": trained}
         found = measure_preferences(pipeline, method, models, groups[1], config.stage)
         results["preferences"] = {
-            name: {key: bootstrap_interval(values) for key, values in metrics.items()}
-            for name, metrics in found.items()
+            key: bootstrap_interval(values) for key, values in found["trained"].items()
         }
     return results
 
@@ -424,6 +433,7 @@ def run_config(config: Config):
         config.model,
         mesh=mesh,
         max_positions=config.max_positions,
+        param_dtype=_param_dtype(config),
         **dataclasses.asdict(config.compute),
     )
     with (

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
@@ -71,30 +72,41 @@ def whole(tree):
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+GATHERED = "gathered"
+"""Name that rematerialisation knows gathered parameters by: they are not kept."""
+
+
 def gather(x, names: tuple[str | None, ...]):
     """A parameter whole over fsdp, for one use; its gradient goes back to its parts.
 
     The parts of a product that tensor holds stay where they are. Called inside the loop
-    over layers, it holds one layer at a time; the transfer is in the dtype of `x`, so
-    cast first.
+    over layers, it holds one layer at a time, provided that the backward pass gathers
+    it again, as the decoder's does; the transfer is in the dtype of `x`, so cast first.
 
     Args:
       x: a parameter, or its layer of a stack.
       names: its logical axes.
     """
-    return constrain(x, *(None if RULES[name] == "fsdp" else name for name in names))
+    if _mesh() is None:
+        return x
+    return checkpoint_name(_gather(x, names), GATHERED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x, names):
+    kept = (None if name and RULES[name] == "fsdp" else name for name in names)
+    return constrain(x, *kept)
 
 
 def _gather_forward(x, names):
-    return gather(x, names), None
+    return _gather(x, names), None
 
 
 def _gather_backward(names, _, grad):
     return (constrain(grad, *names),)
 
 
-gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather_all(params, names):
@@ -165,7 +177,7 @@ def parts(name: str) -> int:
 
 
 def _mesh():
-    """The mesh that is set, unless it has none of our axes or a single device."""
+    """The mesh that is set, unless it lacks one of our axes or has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return None

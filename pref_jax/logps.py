@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from pref_jax import checks
-from pref_jax.axes import constrain, gather, parts, row_shards
+from pref_jax.axes import constrain, gather, parts, per_device, row_shards
 from pref_jax.numerics import at_least_float32, soft_cap
 from pref_jax.types import ResponseBatch, Scores
 
 STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
 """What `token_stats` can compute, by name."""
 
-_CHUNK_ELEMENTS = 2**23  # logits of one chunk on a device: 32 MiB in float32
-_CHUNK_TOKENS = 512  # at least, for which the unembedding is worth being read
+_CHUNK_ELEMENTS = 2**23  # logits of a chunk on a device, 32 MiB in float32, unless
+_CHUNK_TOKENS = 512  # are more: fewer are not worth reading the unembedding for
 
 
 def token_stats(
@@ -191,16 +191,23 @@ def gather_responses(values, batch: ResponseBatch):
     Returns:
       f32[B, K, T]; 0 where `batch.loss_mask` is False.
     """
-    num_rows, row_length = batch.tokens.shape
-    # One column more takes what padding writes.
-    index = jnp.where(batch.predict < 0, row_length, batch.predict)
-    rows = jnp.zeros((num_rows, row_length + 1), values.dtype)
-    rows = rows.at[jnp.arange(num_rows)[:, None], index].set(values)
-    offset = jnp.arange(batch.loss_mask.shape[-1])[None, None]
-    where_from = jnp.minimum(batch.start[..., None] + offset, row_length)
-    flat = jnp.take_along_axis(rows, where_from.reshape(num_rows, -1), axis=1)
-    gathered = flat.reshape(batch.loss_mask.shape)
-    return jnp.where(batch.loss_mask, gathered, 0.0)
+    row_length = batch.tokens.shape[1]
+
+    def gather_own(values, predict, start, loss_mask):
+        num_rows = len(values)
+        # One column more takes what padding writes.
+        index = jnp.where(predict < 0, row_length, predict)
+        rows = jnp.zeros((num_rows, row_length + 1), values.dtype)
+        rows = rows.at[jnp.arange(num_rows)[:, None], index].set(values)
+        offset = jnp.arange(loss_mask.shape[-1])[None, None]
+        where_from = jnp.minimum(start[..., None] + offset, row_length)
+        flat = jnp.take_along_axis(rows, where_from.reshape(num_rows, -1), axis=1)
+        return jnp.where(loss_mask, flat.reshape(loss_mask.shape), 0.0)
+
+    of_rows, of_groups = ("rows", None), ("rows", None, None)
+    names = (of_rows, of_rows, of_rows, of_groups)
+    arguments = (values, batch.predict, batch.start, batch.loss_mask)
+    return per_device(gather_own, names, of_groups)(*arguments)
 
 
 def response_scores(

@@ -17,13 +17,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pref_jax.data.anchor_cache import params_identity
 from pref_jax.models import decoder, lora, pretrained
 from pref_jax.models.decoder import DecoderConfig
 from pref_jax.models.pretrained import CheckpointFormatError
-from pref_jax.train import loop, sharding, stage
+from pref_jax.train import loop, sharding, stage, storage
 from pref_jax.train.checkpoint import Checkpoints
 from pref_jax.types import PyTree
 
@@ -34,6 +34,11 @@ _HF, _ADAPTER, _STAGE = "Hugging Face checkpoint", "adapter", "stage of a run"
 
 
 def _kind(path: str) -> str:
+    if storage.is_object_store(path):
+        raise CheckpointFormatError(
+            f"{path} lies in a bucket, and models are read from a disk: copy the "
+            f"folder to every host first, such as with `gcloud storage cp -r`."
+        )
     folder = pathlib.Path(path)
     if (folder / stage.MODEL_FILE).is_file():
         return _STAGE
@@ -287,7 +292,9 @@ def _restore_trained(folder: pathlib.Path, mesh: Mesh | None) -> PyTree:
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         shapes = checkpoints.saved_shapes("params", step)
         if mesh is None:
-            here = SingleDeviceSharding(jax.devices()[0])
+            here = SingleDeviceSharding(jax.local_devices()[0])
+            if jax.process_count() > 1:  # an array of all of them, whole on each
+                here = NamedSharding(sharding.make_mesh(), PartitionSpec())
             shardings = jax.tree.map(lambda _: here, shapes)
         else:
             shardings = _shardings(mesh, shapes)

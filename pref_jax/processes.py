@@ -135,14 +135,27 @@ def first_before_others(name: str) -> Iterator[None]:
     For files that the first makes, and that the others find there if they share the
     folder, or make for themselves if they do not.
 
+    The block is short and without collectives; where it fails on the first process, it
+    fails on all.
+
     Args:
-      name: of the block; the same on every process.
+      name: of the block, for the message.
+
+    Raises:
+      RuntimeError: on the others, when the first one failed.
     """
     if not is_first():
-        wait(name)
-    yield
-    if is_first():
-        wait(name)
+        failure = agree(None)
+        if failure is not None:
+            raise RuntimeError(f"{name}: the first process failed: {failure}")
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        agree(f"{type(error).__name__}: {error}")
+        raise
+    agree(None)
 
 
 def check_same(name: str, value) -> None:
@@ -196,7 +209,7 @@ def on_first(function: Callable, *, errors: tuple[type[Exception], ...] = ()):
     def run() -> None:
         try:
             outcome["told"] = {"value": json.loads(json.dumps(function()))}
-        except Exception as error:
+        except BaseException as error:  # also SystemExit: the others wait
             outcome["error"] = error
             outcome["told"] = {"kind": type(error).__name__, "message": str(error)}
 

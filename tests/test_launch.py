@@ -424,7 +424,7 @@ with PreemptionGuard() as guard:
         processes.wait(f"step {{step}}")  # as the collectives of a train step do
         if first == 0 and step == 3 and number == 1:
             os.kill(os.getpid(), signal.SIGTERM)  # only one of the hosts is told
-        if guard.agreed(step):
+        if guard.agreed():
             if processes.is_first():
                 open(path, "w").write(str(step))
             processes.wait("saved")

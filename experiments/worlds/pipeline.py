@@ -183,6 +183,7 @@ class Pipeline:
         *,
         unit: str,
         start: str | None = None,
+        consume: bool = False,
     ) -> tuple[PyTree, Fitted]:
         """One stage without a live anchor; validated on the held-out groups.
 
@@ -195,6 +196,7 @@ class Pipeline:
           stage: how it trains.
           unit: what the progress line calls an example.
           start: folder that `params` are the model of; `lora` needs it.
+          consume: free `params` once training has a copy of them; not with `lora`.
 
         Returns:
           All parameters after training, adapters merged; and how the stage went.
@@ -240,6 +242,7 @@ class Pipeline:
             guard=self.guard,
             unit=unit,
             watch=self.watch,
+            consume=consume and self.lora is None,
         )
         if self.lora is not None:
             trained = lora.merge(frozen, trained, self.lora)
@@ -250,6 +253,7 @@ class Pipeline:
         settings = SamplingConfig(
             num_samples=num_samples, max_new_tokens=self.max_new_tokens
         )
+        shards = sharding.num_row_shards(self.mesh)
         with (
             jax.set_mesh(self.mesh),
             self.progress("sampling", len(prompts)) as count,
@@ -259,7 +263,7 @@ class Pipeline:
                 params,
                 [self.encode_prompt(prompt) for prompt in prompts],
                 key=jax.random.fold_in(jax.random.key(self.seed), use),
-                batch_size=min(64, len(prompts)),
+                batch_size=-(-min(64, len(prompts)) // shards) * shards,
                 on_batch=count,
             )
 
@@ -274,7 +278,7 @@ class Pipeline:
 
             def count(done: int) -> None:
                 progress.count(done)
-                if self.guard.requested:
+                if self.guard.agreed():
                     raise Preempted(f"stopped in {name}, {done} of {total} done")
 
             yield count
@@ -485,7 +489,7 @@ def measure_preferences(
     """
     groups, row_length = pipeline.fit(groups)
     batches = pipeline.batches(groups, row_length, stage)
-    pair_metrics = _compiled(functools.partial(_metrics, method), pipeline.model)
+    pair_metrics = _compiled(_metrics_of(method), pipeline.model)
     found = {
         name: {key: np.zeros(len(groups)) for key in ("accuracy", "margin")}
         for name in models
@@ -507,8 +511,12 @@ def measure_preferences(
     return found
 
 
-def _metrics(method, model, params, batch):
-    return objective(method, model, params, (), batch)[2]
+@functools.cache
+def _metrics_of(method):
+    def metrics(model, params, batch):
+        return objective(method, model, params, (), batch)[2]
+
+    return metrics
 
 
 def _mean_kl(model, params, batch, *, anchor_params):

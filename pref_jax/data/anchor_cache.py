@@ -29,7 +29,7 @@ from pref_jax.data.sources import Batches
 from pref_jax.types import PyTree, ResponseBatch, TokenGroup
 
 _DONE_FILE = "done.json"
-_RULE = "logps of the masked targets, float32, 0 elsewhere; version 1"
+_RULE = "logps of the masked targets, float32, 0 elsewhere; version 2"
 
 
 def with_anchor_logps(

@@ -25,6 +25,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from pref_jax.data.records import Record
@@ -302,7 +303,8 @@ def write_records(path: pathlib.Path, records: Sequence[bytes]) -> None:
     """Write a shard in one move: a kill leaves no half of it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    # Processes of several hosts may write into one folder.
+    temporary = path.with_suffix(f".{jax.process_index()}.{os.getpid()}.tmp")
     writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     for record in records:
         writer.write(record)

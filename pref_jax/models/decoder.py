@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pref_jax.axes import constrain, gather, per_device
+from pref_jax.axes import GATHERED, constrain, gather, parts, per_device
 from pref_jax.models import attention as attention_lib
 from pref_jax.types import Model
 
@@ -559,13 +559,14 @@ class Decoder(nnx.Module):
         the blocks, with {"a", "b"} in the place of a matrix; {}: none.
         """
         # A device looks up its part of the width for all rows that share it, then the
-        # devices exchange rows for widths: the table itself is never gathered.
+        # devices exchange rows for widths. The table is not gathered over fsdp; where
+        # tensor splits the vocabulary, the compiler gathers those parts of it.
         x = constrain(self.embedding[...][tokens], "fsdp_rows", None, "embed")
         x = x.astype(jnp.float32) * self.config.embedding_scale
         if self.positions is not None:
             # NaN, not the last one, where there is none.
             learned = jnp.take(self.positions[...], position, axis=0, mode="fill")
-            x += learned.astype(jnp.float32)
+            x += constrain(learned, "fsdp_rows", None, "embed").astype(jnp.float32)
         x = constrain(x.astype(self.config.dtype), "rows", None, "width")
         period = len(self.config.period)
         kept = []
@@ -586,10 +587,16 @@ class Decoder(nnx.Module):
                 outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
                 return (x, carry), outputs
 
-            if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            if policy is None and parts("embed") > 1:
+                # All is kept but what would be the whole model on every device.
+                policy = jax.checkpoint_policies.save_anything_except_these_names(
+                    GATHERED
+                )
+            if policy is not None:
                 one_period = jax.checkpoint(
                     one_period,
-                    policy=REMAT_POLICIES[self.config.remat],
+                    policy=policy,
                     prevent_cse=False,  # inside a scan the barrier only costs time
                 )
             inputs = (state, adapters.get("blocks", {}), jnp.arange(self.num_periods))

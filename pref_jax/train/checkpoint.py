@@ -315,13 +315,14 @@ class PreemptionGuard:
       requested: whether to stop; on several processes, whether they agreed to.
 
     >>> with PreemptionGuard() as guard:
-    ...     guard.agreed(step=1)
+    ...     guard.agreed()
     False
     """
 
     def __init__(self):
         self.requested = False
         self._interrupted = False
+        self._asked = 0
 
     def __enter__(self) -> Self:
         handlers = {signal.SIGINT: self._interrupt}
@@ -345,21 +346,24 @@ class PreemptionGuard:
         self._interrupted = True
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer on every process.
+    def agreed(self) -> bool:
+        """Whether to stop now: the same answer on every process.
 
         A signal reaches hosts steps apart, or only one of them, and a host that leaves
         the loop alone leaves the others hanging in a collective. So the processes agree
         on a later step, in the background: this does not wait for them.
 
-        Args:
-          step: train steps done, over all restarts. On several processes every one
-            must ask after every step, or it may miss the one that was agreed on.
+        On several processes every one must ask equally often, after every step and
+        every part of other work, or it may miss the one that was agreed on.
         """
         if jax.process_count() > 1 and not self.requested:
             from jax.experimental import multihost_utils
 
-            self.requested = multihost_utils.reached_preemption_sync_point(step)
+            # The point that is agreed on lies ahead of all, so it must never go back,
+            # as the steps of a next stage would.
+            self._asked += 1
+            asked = self._asked
+            self.requested = multihost_utils.reached_preemption_sync_point(asked)
         return self.requested
 
 

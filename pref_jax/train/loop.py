@@ -250,7 +250,7 @@ class _Loop:
         self.step += 1
         self._pending = outputs
         last = self.step == self.config.num_steps
-        stop = self.guard.agreed(self.step)
+        stop = self.guard.agreed()
         validate = last or self.step % self.config.validate_every == 0
         save = stop or validate or self.step % self.config.checkpoint_every == 0
         if not save:

@@ -141,6 +141,7 @@ def train_stage(
     frozen: PyTree = (),
     base: dict[str, str] | None = None,
     watch: loop.Watch | None = None,
+    consume: bool = False,
 ) -> tuple[PyTree, loop.Fitted]:
     """Train, or read what an earlier call on the same folder has trained.
 
@@ -163,6 +164,7 @@ def train_stage(
       frozen: what is not trained, such as the base under adapters, or `()`.
       base: path and hash of `frozen`, which the checkpoints name in its place.
       watch: what is looked at beside the metrics; None: nothing.
+      consume: free `params` once the state has a copy of them.
 
     Returns:
       The trained parameters, placed on the mesh, of the best validation if
@@ -198,6 +200,8 @@ def train_stage(
             rng=jax.random.key(seed),
             anchor=jax.device_put(anchor, shardings.anchor),
         )
+        if consume:
+            jax.tree.map(lambda x: x.delete(), params)
         frozen = jax.device_put(frozen, shardings.frozen)
         state = dataclasses.replace(state, frozen=frozen)
         everywhere = NamedSharding(mesh, PartitionSpec())

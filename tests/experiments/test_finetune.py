@@ -60,8 +60,7 @@ def test_pairs_align_a_checkpoint_that_can_be_loaded_again(
     folder = tmp_path / "runs/finetune/001"
     record = json.loads((folder / "record.json").read_text())
     assert record["results"]["steps"] == 4
-    before, after = (record["results"]["preferences"][x] for x in ("before", "after"))
-    assert before["margin"] == [0.0, 0.0, 0.0] and after["margin"][0] != 0
+    assert record["results"]["preferences"]["margin"][0] != 0
     assert "first step after" in result.stderr
     _, trained = model_folders.load(str(folder / "DPO"))
     _, start = model_folders.load(str(own_files / "base"))

@@ -388,9 +388,9 @@ def test_sigterm_and_the_first_interrupt_only_set_a_flag():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):
         with PreemptionGuard() as guard:
-            assert not guard.requested and not guard.agreed(1)
+            assert not guard.requested and not guard.agreed()
             os.kill(os.getpid(), number)
-            assert guard.requested and guard.agreed(1)
+            assert guard.requested and guard.agreed()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -421,7 +421,7 @@ with PreemptionGuard() as guard, Checkpoints(folder) as checkpoints:
     for step in range(1000, 2000):
         if step == 1010 and process == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        if guard.agreed(step):
+        if guard.agreed():
             break
         time.sleep(0.02 + 0.01 * process)  # the processes are steps apart
     assert guard.requested
