@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import load_variants
+from pref_jax.models import published
 from scripts import benchmark_gpu, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ def test_a_child_that_fails_or_hangs_is_a_reason(monkeypatch):
 
 def test_useful_flops_are_those_of_the_formula():
     """By hand: the shape of Llama 3.2 1B has 973 million parameters in its layers."""
-    sizes = load_variants.LLAMA_1B
+    sizes = published.LLAMA_3_2_1B
     attention = 2048 * (32 + 8 + 8) * 64 + 32 * 64 * 2048
     layer = attention + 3 * 2048 * 8192 + 2 * 2048
     layers = 16 * layer + 2048
@@ -169,9 +169,9 @@ def test_rates_are_sums_over_sums_and_mfu_needs_a_known_gpu():
     flops = benchmark_gpu.useful_flops(sizes, lengths)
     assert line["useful_teraflops_rate"] == pytest.approx(flops / 2e12, abs=1e-6)
     large = benchmark_gpu.summarise(
-        load_variants.LLAMA_1B, [(4000, (20, 20))], [0.1], "NVIDIA H200"
+        published.LLAMA_3_2_1B, [(4000, (20, 20))], [0.1], "NVIDIA H200"
     )
-    flops = benchmark_gpu.useful_flops(load_variants.LLAMA_1B, [(4000, (20, 20))])
+    flops = benchmark_gpu.useful_flops(published.LLAMA_3_2_1B, [(4000, (20, 20))])
     assert large["mfu"] == pytest.approx(flops / 0.1 / 989.5e12, abs=1e-4)
     assert benchmark_gpu.summarise(sizes, lengths, [1.0], "cpu")["mfu"] is None
 

@@ -203,8 +203,9 @@ def test_one_sgd_step_is_torchs_in_gradient_and_parameters(case):
         state = jax.device_put(state, shardings)
         # It runs once: the time goes into making it quick.
         options = {"xla_backend_optimization_level": 0}
-        step = step.lower(state, batch).compile(compiler_options=options)
-        state, outputs = step(state, batch)
+        arguments = step.arguments(state, batch)
+        compiled = step.program.lower(*arguments).compile(compiler_options=options)
+        state, outputs = compiled(*arguments)
     metrics = outputs["metrics"]
     assert_close(metrics["loss"], case.values["loss"].mean(), "mean loss")
     assert_close(metrics["grad_norm"], case.values["gradient_norm"], "gradient norm")

@@ -220,8 +220,12 @@ def test_the_environment_says_how_a_process_joins_the_others(
         assert calls == []
         return
     processes.initialize()
-    heartbeat = {"heartbeat_timeout_seconds": processes.HEARTBEAT_SECONDS}
-    assert calls == ([] if joined is None else [heartbeat | joined])
+    seconds = processes.HEARTBEAT_SECONDS
+    limits = {
+        "heartbeat_timeout_seconds": seconds,
+        "shutdown_timeout_seconds": seconds,
+    }
+    assert calls == ([] if joined is None else [limits | joined])
 
 
 def test_the_launchers_know_the_code_of_a_preempted_run():

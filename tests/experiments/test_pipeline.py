@@ -36,7 +36,7 @@ def pipeline(*, max_positions=None, row_length=None, long_groups="drop"):
     return Pipeline(
         folder=None,
         guard=None,
-        mesh=None,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
         model=dataclasses.replace(tiny_stage.MODEL, max_positions=max_positions),
         encoder=Encoder(),
         seed=0,
