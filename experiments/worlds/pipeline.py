@@ -310,7 +310,12 @@ def make_watch(
       num: steps that are traced.
       wandb: project on Weights & Biases, or None.
       compile_cache: folder of compiled programs, or None.
+
+    Raises:
+      ValueError: `num` is changed and nothing is traced.
     """
+    if profile is None and num != ProfileConfig.num:
+        raise ValueError("`profile_steps` belongs to `profile`; give --profile too.")
     clock = StartClock()
     if compile_cache is not None:
         enable_compile_cache(compile_cache)

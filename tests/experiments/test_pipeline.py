@@ -247,3 +247,12 @@ def test_preferences_come_in_the_order_of_the_pairs_whatever_rows_they_stand_in(
     )["one"]
     expected = [-0.5 * (chosen - rejected) for chosen, rejected in logps]
     np.testing.assert_allclose(found["margin"], expected, atol=1e-6)
+
+
+def test_a_number_of_traced_steps_without_a_first_one_is_an_error():
+    nothing = {"profile": None, "wandb": None, "compile_cache": None}
+    assert pipeline_lib.make_watch(**nothing, num=3).profile is None
+    with pytest.raises(ValueError, match="`profile_steps` belongs to `profile`"):
+        pipeline_lib.make_watch(**nothing, num=4)
+    watch = pipeline_lib.make_watch(**nothing | {"profile": 5}, num=4)
+    assert (watch.profile.first, watch.profile.num) == (5, 4)
