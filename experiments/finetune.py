@@ -31,7 +31,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from experiments.worlds import tasks
+from experiments.worlds import methods, tasks
 from experiments.worlds.pipeline import (
     Pipeline,
     make_watch,
@@ -39,14 +39,12 @@ from experiments.worlds.pipeline import (
     save_tokenizer,
     store_anchor,
 )
-from pref_jax import anchors, model_folders, processes, rewards
+from pref_jax import model_folders, processes
 from pref_jax.data import rows
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval
 from pref_jax.logps import response_scores
-from pref_jax.losses.pairwise import logistic_loss
-from pref_jax.losses.supervised import nll_loss
-from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
+from pref_jax.method import Method
 from pref_jax.models import decoder, flops, lora, published
 from pref_jax.models.lora import LoraConfig
 from pref_jax.sampling import SamplingConfig, make_sampler
@@ -145,22 +143,8 @@ class Config:
 def make_method(config: Config) -> Method:
     """DPO against stored logps, or SFT."""
     if config.beta is None:
-        return Method(
-            name="SFT",
-            anchor=anchors.none(),
-            reward=rewards.log_likelihood,
-            loss=on_token_logps(nll_loss),
-            weight=token_weight,
-            couples_responses=False,
-        )
-    return Method(
-        name="DPO",
-        anchor=anchors.fixed(),
-        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
-        loss=on_rewards(logistic_loss),
-        requires=frozenset({"anchor_logps"}),
-        paper="arXiv:2305.18290v3",
-    )
+        return methods.make_sft()
+    return methods.make_dpo(config.beta)
 
 
 def make_task(config: Config) -> tasks.Task:

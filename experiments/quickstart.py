@@ -35,7 +35,7 @@ import time
 import jax
 import numpy as np
 
-from experiments.worlds import instructions, sections, tasks
+from experiments.worlds import instructions, methods, sections, tasks
 from experiments.worlds.pipeline import (
     Pipeline,
     make_watch,
@@ -46,12 +46,10 @@ from experiments.worlds.pipeline import (
     save_tokenizer,
     store_anchor,
 )
-from pref_jax import anchors, model_folders, processes, report, rewards
+from pref_jax import model_folders, processes, report
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval, wins
-from pref_jax.losses.pairwise import logistic_loss
-from pref_jax.losses.supervised import nll_loss
-from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
+from pref_jax.method import Method
 from pref_jax.models import decoder
 from pref_jax.models.lora import LoraConfig
 from pref_jax.train import run as run_lib
@@ -215,28 +213,9 @@ SMOKE = dataclasses.replace(
 PRESETS = {"small": SMALL, "smoke": SMOKE}
 
 
-def make_sft_method() -> Method:
-    """Supervised fine-tuning: the mean negative log-likelihood of trained tokens."""
-    return Method(
-        name="SFT",
-        anchor=anchors.none(),
-        reward=rewards.log_likelihood,
-        loss=on_token_logps(nll_loss),
-        weight=token_weight,
-        couples_responses=False,
-    )
-
-
 def make_method(config: Config) -> Method:
     """DPO against the logps of the SFT model, which the batch carries."""
-    return Method(
-        name="DPO",
-        anchor=anchors.fixed(),
-        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
-        loss=on_rewards(logistic_loss),
-        requires=frozenset({"anchor_logps"}),
-        paper="arXiv:2305.18290v3",
-    )
+    return methods.make_dpo(config.beta)
 
 
 def make_task(config: Config) -> tasks.Task:
@@ -300,7 +279,7 @@ def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
       The stages, the measured models, their preferences, the pairs and the prompts of
       the evaluation, by name.
     """
-    sft_method, dpo_method = make_sft_method(), make_method(config)
+    sft_method, dpo_method = methods.make_sft(), make_method(config)
     models, stages = {}, {}
 
     folders = {"base": config.model}  # that the models can be read from again
