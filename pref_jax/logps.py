@@ -1,9 +1,9 @@
 """Hidden states -> token statistics -> one entry per response token.
 
 Scoring is where the memory goes: logits of a whole batch, [G, L, V], are never built.
-Only the positions of `predict` are unembedded, in chunks along the row, and the
-backward pass rebuilds each chunk's logits instead of keeping them. Rows end here: all
-results are gathered into [B, K, T], and no later code sees a row.
+Only the positions of `predict` are unembedded, a chunk of the vocabulary at a time, and
+the backward pass rebuilds each chunk's logits instead of keeping them. Rows end here:
+all results are gathered into [B, K, T], and no later code sees a row.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pref_jax import checks
 from pref_jax.axes import constrain, gather, parts, per_device, row_shards
@@ -21,8 +22,10 @@ from pref_jax.types import ResponseBatch, Scores
 STATISTICS = ("logp", "logsumexp", "chosen_logit", "entropy", "log_sum_sq")
 """What `token_stats` can compute, by name."""
 
-_CHUNK_ELEMENTS = 2**23  # logits of a chunk on a device, 32 MiB in float32, unless
-_CHUNK_TOKENS = 512  # are more: fewer are not worth reading the unembedding for
+_CHUNK_ELEMENTS = 2**21  # logits of a chunk on a device, 8 MiB in float32, unless
+_CHUNK_ENTRIES = 1024  # entries of the vocabulary are more: narrower products are slow
+_LANES = 128  # and a chunk is a multiple of this: entries that a TPU has side by side
+_LOWEST = np.finfo(np.float32).min  # below every logit, and finite
 
 
 def token_stats(
@@ -48,10 +51,10 @@ def token_stats(
       targets: i32[G, L].
       predict: i32[G, P]. Positions to unembed; -1 in padding.
       want: names of `STATISTICS`. Nats throughout.
-      chunk: positions of a row that are unembedded at once. None: as many as keep the
-        logits of a chunk, over the rows of a device, near 8 million numbers, but 512
-        tokens at least; if one chunk is enough nothing is recomputed in the backward
-        pass.
+      chunk: entries of the vocabulary, or of the part that a device has of it, whose
+        logits are there at once. None: as many as keep the logits of a chunk, for the
+        tokens of a device, near 2 million numbers, but 1024 at least. If one chunk is
+        enough nothing is recomputed in the backward pass.
       softcap: bound of the logits, `model.logit_softcap`; None: unbounded.
 
     Returns:
@@ -78,104 +81,228 @@ def token_stats(
             f"{checks.describe(hidden)} and {checks.describe(unembedding)}."
         )
     checks.check_same_shape("targets", targets, like=hidden[..., 0], of="hidden")
-    num_rows, num_predict = predict.shape
-    if chunk is None:
-        chunk = _default_chunk(num_rows, unembedding.shape[0])
-    index = jnp.maximum(predict, 0)
-    hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)
-    targets = jnp.take_along_axis(targets, index, axis=1)
-    # Rows are split by the devices that hold them, so that each device adds up its own
-    # gradient of the unembedding and the devices meet once, after the loop.
-    shards = row_shards(num_rows)
-    hidden, targets = (
-        x.reshape(shards, num_rows // shards, *x.shape[1:]) for x in (hidden, targets)
-    )
-    unembedding = gather(unembedding.astype(hidden.dtype), ("vocab", "embed"))
-    copies = jnp.broadcast_to(unembedding[None], (shards, *unembedding.shape))
-    copies = constrain(copies, "rows", "vocab", None)
+    hidden, targets = _scored(hidden, predict), _scored(targets, predict)
+    parts_of = _vocabulary_parts(unembedding, hidden)
+    size = parts_of.shape[2]
+    chunk = _default_chunk(hidden.shape[1], size) if chunk is None else chunk
     with jax.named_scope("token_stats"):
-        if chunk >= num_predict:
-            stats = _statistics(hidden, copies, targets, want, softcap)
+        if chunk >= size:
+            stats = _statistics(hidden, parts_of, targets, want, softcap)
         else:
-            stats = _chunked_statistics(hidden, copies, targets, want, softcap, chunk)
+            stats = _chunked_statistics(hidden, parts_of, targets, want, softcap, chunk)
     keep = predict >= 0
     return {
-        name: jnp.where(keep, value.reshape(predict.shape), 0.0)
-        for name, value in stats.items()
+        name: jnp.where(keep, stats[name].reshape(predict.shape), 0.0) for name in want
     }
 
 
-def _default_chunk(num_rows, vocab_size):
-    """Positions of a row, by the rows and the part of the vocabulary of a device."""
-    tokens = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts("vocab") // vocab_size)
-    return max(1, tokens * row_shards(num_rows) // num_rows)
+def _scored(x, predict):
+    """What stands at the scored positions, [G, L, ...] -> [S, N, ...].
+
+    S counts the devices that hold different rows, N the tokens of each: every device
+    adds up its own gradient of the unembedding, and all meet once, after the loop.
+    """
+    index = jnp.maximum(predict, 0).reshape(*predict.shape, *[1] * (x.ndim - 2))
+    x = jnp.take_along_axis(x, index, axis=1)
+    shards = row_shards(len(predict))
+    return x.reshape(shards, predict.size // shards, *x.shape[2:])
 
 
-def _statistics(hidden, unembedding, targets, want, softcap):
-    """{name: f32[S, g, C]} from hidden [S, g, C, D] and unembedding [S, V, D]."""
+def _vocabulary_parts(unembedding, hidden):
+    """[V, D] -> [S, T, V / T, D] in the dtype of `hidden`: T devices split V."""
+    unembedding = gather(unembedding.astype(hidden.dtype), ("vocab", "embed"))
+    num_entries, width = unembedding.shape
+    num_parts = parts("vocab") if num_entries % parts("vocab") == 0 else 1
+    shape = (num_parts, num_entries // num_parts, width)
+    copies = jnp.broadcast_to(unembedding.reshape(shape)[None], (len(hidden), *shape))
+    return constrain(copies, "rows", "vocab", None, None)
+
+
+def _default_chunk(num_tokens: int, num_entries: int) -> int:
+    """Entries of a chunk, by the tokens and the part of the vocabulary of a device."""
+    most = max(_CHUNK_ENTRIES, _CHUNK_ELEMENTS // num_tokens)
+    if num_entries <= most:
+        return num_entries
+    alike = -(-num_entries // -(-num_entries // most))
+    return -(-alike // _LANES) * _LANES
+
+
+def _chunk_logits(hidden, parts_of, first, chunk, softcap):
+    """Logits f32[S, N, T, C] of the entries from `first`; their numbers; which count.
+
+    The last chunk begins early enough to be whole: what it repeats does not count.
+    """
+    num_parts, size = parts_of.shape[1:3]
+    begin = jnp.minimum(first, size - chunk)
+    matrix = jax.lax.dynamic_slice_in_dim(parts_of, begin, chunk, axis=2)
     logits = jnp.einsum(
-        "sgcd,svd->sgcv", hidden, unembedding, preferred_element_type=jnp.float32
+        "snd,stcd->sntc", hidden, matrix, preferred_element_type=jnp.float32
     )
-    logits = soft_cap(logits, softcap)
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    own = begin + jnp.arange(chunk)
+    entry = jnp.arange(num_parts)[:, None] * size + own[None]
+    return (
+        soft_cap(logits, softcap),
+        entry[None, None],
+        (own >= first)[None, None, None],
+        (matrix, begin),
+    )
+
+
+def _first_entries(parts_of, chunk):
+    return jnp.arange(0, parts_of.shape[2], chunk)
+
+
+def _no_sums(hidden, parts_of, names):
+    """Sums over no entries yet, f32[S, N, T] each, on the devices that add them up."""
+    shape = (*hidden.shape[:2], parts_of.shape[1])
+    sums = {name: jnp.zeros(shape, jnp.float32) for name in names}
+    sums["highest"] = jnp.full(shape, _LOWEST)
+    return {name: constrain(x, "rows", None, "vocab") for name, x in sums.items()}
+
+
+def _add_weights(sums, logits, counts):
+    """Sums of exp(logit - highest) over one more chunk.
+
+    Returns:
+      the new `highest` and `total`, the weight of each entry f32[S, N, T, C], and what
+      older sums of weights shrink by.
+    """
+    highest = jnp.where(counts, logits, _LOWEST).max(axis=-1)
+    highest = jnp.maximum(sums["highest"], highest)
+    weights = jnp.where(counts, jnp.exp(logits - highest[..., None]), 0.0)
+    shrink = jnp.exp(sums["highest"] - highest)
+    total = sums["total"] * shrink + weights.sum(-1)
+    return {"highest": highest, "total": total}, weights, shrink
+
+
+def _join_parts(sums):
+    """Over all parts: the highest logit and the log of the total, f32[S, N].
+
+    Apart they are more exact than their sum, the log-sum-exp. And what weights of each
+    part are multiplied by to be weights of all, f32[S, N, T].
+    """
+    highest = sums["highest"].max(-1)
+    shrink = jnp.exp(sums["highest"] - highest[..., None])
+    return highest, jnp.log((sums["total"] * shrink).sum(-1)), shrink
+
+
+def _statistics(hidden, parts_of, targets, want, softcap):
+    """{name: f32[S, N]} from hidden [S, N, D] and its unembedding [S, T, V / T, D]."""
+    size = parts_of.shape[2]
+    logits, entry, _, _ = _chunk_logits(hidden, parts_of, 0, size, softcap)
+    over = (2, 3)
+    logsumexp = jax.nn.logsumexp(logits, axis=over)
     # By comparison, not by index: a vocabulary split over devices is never gathered.
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    chosen = jnp.where(vocabulary == targets[..., None], logits, 0.0).sum(-1)
+    chosen = jnp.where(entry == targets[..., None, None], logits, 0.0).sum(over)
     stats = {"logp": chosen - logsumexp, "logsumexp": logsumexp, "chosen_logit": chosen}
     if "entropy" in want:
-        probability = jnp.exp(logits - logsumexp[..., None])
-        stats["entropy"] = logsumexp - (probability * logits).sum(-1)
+        probability = jnp.exp(logits - logsumexp[..., None, None])
+        stats["entropy"] = logsumexp - (probability * logits).sum(over)
     if "log_sum_sq" in want:
-        stats["log_sum_sq"] = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * logsumexp
-    return {name: stats[name] for name in want}
-
-
-def _split_chunks(x, chunk):
-    """[S, g, P, ...] -> [number of chunks, S, g, chunk, ...], padded at the end."""
-    padding = -x.shape[2] % chunk
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
-    x = x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:])
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _join_chunks(x, length):
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
+        stats["log_sum_sq"] = jax.nn.logsumexp(2 * logits, axis=over) - 2 * logsumexp
+    return stats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _chunked_statistics(hidden, unembedding, targets, want, softcap, chunk):
-    def body(_, inputs):
-        hidden, targets = inputs
-        return None, _statistics(hidden, unembedding, targets, want, softcap)
-
-    chunks = (_split_chunks(hidden, chunk), _split_chunks(targets, chunk))
-    _, stats = jax.lax.scan(body, None, chunks)
-    return jax.tree.map(lambda x: _join_chunks(x, targets.shape[-1]), stats)
+def _chunked_statistics(hidden, parts_of, targets, want, softcap, chunk):
+    """As `_statistics`, with the logits of one chunk at a time."""
+    return _chunked_forward(hidden, parts_of, targets, want, softcap, chunk)[0]
 
 
-def _chunked_forward(hidden, unembedding, targets, want, softcap, chunk):
-    stats = _chunked_statistics(hidden, unembedding, targets, want, softcap, chunk)
-    return stats, (hidden, unembedding, targets)
+def _chunked_forward(hidden, parts_of, targets, want, softcap, chunk):
+    """Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867."""
+    names = ["total", "chosen"]
+    names += ["below"] if "entropy" in want else []
+    names += ["square"] if "log_sum_sq" in want else []
+
+    def body(sums, first):
+        logits, entry, counts, _ = _chunk_logits(
+            hidden, parts_of, first, chunk, softcap
+        )
+        new, weights, shrink = _add_weights(sums, logits, counts)
+        is_target = counts & (entry == targets[..., None, None])
+        new["chosen"] = sums["chosen"] + jnp.where(is_target, logits, 0.0).sum(-1)
+        if "below" in sums:
+            # Of logits below the highest: sums of logits would lose a small entropy.
+            old = sums["below"] + sums["total"] * (new["highest"] - sums["highest"])
+            below = weights * (new["highest"][..., None] - logits)
+            new["below"] = old * shrink + below.sum(-1)
+        if "square" in sums:
+            new["square"] = sums["square"] * shrink**2 + (weights**2).sum(-1)
+        return new, None
+
+    sums = _no_sums(hidden, parts_of, names)
+    sums, _ = jax.lax.scan(body, sums, _first_entries(parts_of, chunk))
+    highest, log_total, shrink = _join_parts(sums)
+    logsumexp, chosen = highest + log_total, sums["chosen"].sum(-1)
+    stats = {"logp": chosen - logsumexp, "logsumexp": logsumexp, "chosen_logit": chosen}
+    if "below" in sums:
+        below = sums["below"] + sums["total"] * (highest[..., None] - sums["highest"])
+        mean_below = (below * shrink).sum(-1) * jnp.exp(-log_total)
+        stats["entropy"] = mean_below + log_total
+    if "square" in sums:
+        square = (sums["square"] * shrink**2).sum(-1)
+        stats["log_sum_sq"] = jnp.log(square) - 2 * log_total
+    return stats, (hidden, parts_of, targets, stats, highest, log_total)
 
 
 def _chunked_backward(want, softcap, chunk, residuals, grads):
-    hidden, unembedding, targets = residuals
+    """From each chunk's logits, computed again.
 
-    def body(total, inputs):
-        hidden, targets, grads = inputs
-        _, pullback = jax.vjp(
-            lambda h, u: _statistics(h, u, targets, want, softcap), hidden, unembedding
+    With p the probability of an entry, x its logit and 1 at the target:
+
+    d logp = 1 - p                      d chosen_logit = 1      d logsumexp = p
+    d entropy = p (sum_v p x - x)       d log_sum_sq = 2 p^2 / sum_v p^2 - 2 p
+    """
+    hidden, parts_of, targets, stats, *total = residuals
+
+    def of_token(x):
+        return x[..., None, None]
+
+    highest, log_total = map(of_token, total)
+    at_target = of_token(grads["logp"] + grads["chosen_logit"])
+    per_probability = of_token(grads["logsumexp"] - grads["logp"])
+    if "entropy" in stats:
+        mean_below = of_token(stats["entropy"]) - log_total
+    if "log_sum_sq" in stats:
+        per_square = of_token(2 * grads["log_sum_sq"] * jnp.exp(-stats["log_sum_sq"]))
+        per_probability -= of_token(2 * grads["log_sum_sq"])
+
+    def body(carry, first):
+        d_hidden, d_parts = carry
+        logits, entry, counts, (matrix, begin) = _chunk_logits(
+            hidden, parts_of, first, chunk, softcap
         )
-        d_hidden, d_unembedding = pullback(grads)
-        return total + d_unembedding.astype(jnp.float32), d_hidden
+        log_probability = logits - highest - log_total
+        probability = jnp.where(counts, jnp.exp(log_probability), 0.0)
+        slope = probability * per_probability
+        if "entropy" in stats:
+            rise = highest - logits - mean_below
+            slope += probability * rise * of_token(grads["entropy"])
+        if "log_sum_sq" in stats:
+            slope += probability**2 * per_square
+        slope += jnp.where(counts & (entry == of_token(targets)), at_target, 0.0)
+        if softcap is not None:
+            slope *= 1 - (logits / softcap) ** 2  # slope of the cap
+        slope = slope.astype(hidden.dtype)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        d_hidden += einsum("sntc,stcd->stnd", slope, matrix)
+        # States first: turning a result round is cheaper than turning the slopes.
+        d_matrix = einsum("snd,sntc->sdtc", hidden, slope).astype(d_parts.dtype)
+        d_matrix = jnp.moveaxis(d_matrix, 1, -1)
+        # What the last chunk repeats has a slope of 0.
+        d_matrix += jax.lax.dynamic_slice_in_dim(d_parts, begin, chunk, axis=2)
+        return (
+            d_hidden,
+            jax.lax.dynamic_update_slice_in_dim(d_parts, d_matrix, begin, axis=2),
+        ), None
 
-    chunks = jax.tree.map(lambda x: _split_chunks(x, chunk), (hidden, targets, grads))
-    zeros = jnp.zeros(unembedding.shape, jnp.float32)
-    zeros = constrain(zeros, "rows", "vocab", None)
-    total, d_hidden = jax.lax.scan(body, zeros, chunks)
-    d_hidden = _join_chunks(d_hidden, targets.shape[-1])
-    return d_hidden, total.astype(unembedding.dtype), None
+    shape = (*parts_of.shape[:2], *hidden.shape[1:])  # [S, T, N, D]
+    zeros = (jnp.zeros(shape, jnp.float32), jnp.zeros_like(parts_of))
+    zeros = tuple(constrain(x, "rows", "vocab", None, None) for x in zeros)
+    carry, _ = jax.lax.scan(body, zeros, _first_entries(parts_of, chunk))
+    d_hidden, d_parts = carry
+    return d_hidden.sum(1).astype(hidden.dtype), d_parts, None
 
 
 _chunked_statistics.defvjp(_chunked_forward, _chunked_backward)
@@ -602,28 +729,30 @@ def token_kl(
     Returns:
       f32[B, K, T], nats; 0 outside the mask.
     """
-    num_rows = batch.predict.shape[0]
-    if chunk is None:
-        chunk = _default_chunk(num_rows, model.vocab_size)
-    index = jnp.maximum(batch.predict, 0)[..., None]
 
     def states(p):
         hidden = model.hidden(p, batch.tokens, batch.position, batch.end)
-        gathered = jnp.take_along_axis(hidden, index, axis=1)
-        return _split_chunks(gathered[None], chunk)
+        hidden = _scored(hidden, batch.predict)
+        return hidden, _vocabulary_parts(model.unembedding(p), hidden)
 
-    def log_probs(hidden, p):
-        matrix = model.unembedding(p).astype(hidden.dtype)
-        logits = jnp.einsum(
-            "sgcd,vd->sgcv", hidden, matrix, preferred_element_type=jnp.float32
-        )
-        return jax.nn.log_softmax(soft_cap(logits, model.logit_softcap))
+    of_policy, of_anchor = states(params), states(anchor_params)
+    num_tokens, size = of_policy[0].shape[1], of_policy[1].shape[2]
+    chunk = min(size, chunk or _default_chunk(num_tokens, size))
 
-    def body(_, inputs):
-        of_policy, of_anchor = inputs
-        log_p = log_probs(of_policy, params)
-        log_q = log_probs(of_anchor, anchor_params)
-        return None, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    def body(sums, first):
+        p, q = sums
+        x, _, counts, _ = _chunk_logits(*of_policy, first, chunk, model.logit_softcap)
+        y, _, _, _ = _chunk_logits(*of_anchor, first, chunk, model.logit_softcap)
+        new_p, weights, shrink = _add_weights(p, x, counts)
+        new_p["ratio"] = p["ratio"] * shrink + (weights * (x - y)).sum(-1)
+        return (new_p, _add_weights(q, y, counts)[0]), None
 
-    _, kl = jax.lax.scan(body, None, (states(params), states(anchor_params)))
-    return gather_responses(_join_chunks(kl, batch.predict.shape[1])[0], batch)
+    sums = (
+        _no_sums(*of_policy, ["total", "ratio"]),
+        _no_sums(*of_anchor, ["total"]),
+    )
+    (p, q), _ = jax.lax.scan(body, sums, _first_entries(of_policy[1], chunk))
+    (top_p, log_p, shrink), (top_q, log_q, _) = _join_parts(p), _join_parts(q)
+    ratio = (p["ratio"] * shrink).sum(-1) * jnp.exp(-log_p)
+    kl = ratio - (top_p - top_q) - (log_p - log_q)
+    return gather_responses(kl.reshape(batch.predict.shape), batch)

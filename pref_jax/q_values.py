@@ -230,7 +230,7 @@ def response_values(
       params: its parameters.
       batch: the rows.
       beta: reward per nat, positive.
-      chunk: positions that are unembedded at once, as in `token_stats`.
+      chunk: entries of the vocabulary at once, as in `token_stats`.
 
     Returns:
       `ResponseValues`.

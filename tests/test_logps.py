@@ -289,7 +289,7 @@ def test_a_statistic_asked_for_alone_is_the_oracles(states):
         np.testing.assert_allclose(stats[name], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("chunk", [150, 4001])
 def test_bfloat16_states_are_reduced_in_float32(chunk):
     """A bfloat16 log-softmax over 4001 tokens would be off by more than 1e-2."""
     rng = np.random.default_rng(0)
@@ -319,13 +319,14 @@ def test_float32_weights_meet_bfloat16_states_in_bfloat16():
     assert float(stats["chosen_logit"][0, 0]) == 1.0
 
 
-def test_chunks_add_up_their_bfloat16_gradients_in_float32():
-    """512 chunks of +-1/2, as both tokens are as likely; bfloat16 stops at 128."""
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_bfloat16_gradients_of_many_tokens_add_up_in_float32(chunk):
+    """512 times +-1/2, as both entries are as likely; bfloat16 stops at 128."""
     hidden, targets = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 512), int)
     predict = jnp.arange(512)[None]
 
     def total(unembedding):
-        stats = logps.token_stats(hidden, unembedding, targets, predict, chunk=1)
+        stats = logps.token_stats(hidden, unembedding, targets, predict, chunk=chunk)
         return stats["logp"].sum()
 
     gradient = jax.jit(jax.grad(total))(jnp.zeros((2, 1)))
@@ -339,31 +340,39 @@ def test_nothing_is_computed_twice_if_one_chunk_is_enough(states):
     def program(chunk):
         return str(jax.make_jaxpr(jax.grad(total), static_argnums=1)(states[0], chunk))
 
-    assert "scan" in program(P - 1)
-    assert "scan" not in program(P)
+    assert "scan" in program(V - 1)
+    assert "scan" not in program(V)
 
 
 @pytest.mark.parametrize(
-    ("elements", "tokens", "chunk"),
+    ("elements", "fewest", "chunk"),
     [
-        (1, 0, 1),
-        (3 * V * G, 0, 3),
-        (3 * V * G - 1, 0, 2),
-        (99 * V * G, 0, P),
-        (1, 2 * G, 2),
-        (3 * V * G, 2 * G, 3),
+        (1, 1, 1),
+        (3 * P * G, 1, 3),
+        (3 * P * G - 1, 1, 2),
+        (99 * P * G, 1, V),
+        (1, 2, 2),
+        (3 * P * G, 2, 3),
+        (1, V, V),
     ],
 )
 def test_a_chunk_is_as_large_as_its_logits_may_be(
-    states, monkeypatch, elements, tokens, chunk
+    states, monkeypatch, elements, fewest, chunk
 ):
     monkeypatch.setattr(logps, "_CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr(logps, "_CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(logps, "_CHUNK_ENTRIES", fewest)
+    monkeypatch.setattr(logps, "_LANES", 1)
 
     def program(**options):
         return str(jax.make_jaxpr(lambda *x: logps.token_stats(*x, **options))(*states))
 
-    assert program() == program(chunk=chunk) != program(chunk=chunk - 1 or P)
+    assert program() == program(chunk=chunk) != program(chunk=chunk - 1 or V)
+
+
+def test_default_chunks_are_alike_and_of_whole_lanes():
+    chunk = logps._default_chunk(1000, 50257)
+    assert chunk == 2176 and chunk % 128 == 0
+    assert -(-50257 // chunk) == -(-50257 // (2**21 // 1000)) == 24
 
 
 def test_a_far_off_token_has_a_finite_gradient(states):
@@ -437,20 +446,34 @@ def scoring_bytes(
 def test_no_buffer_of_all_logits_exists(want):
     all_logits = 2 * 1024 * 8192 * 4
     assert scoring_bytes(1024, chunk=32, want=want) < all_logits / 4
-    assert scoring_bytes(1024, chunk=1024, want=want) >= all_logits  # the control
+    assert scoring_bytes(1024, chunk=8192, want=want) >= all_logits  # the control
 
 
 def test_the_default_chunk_is_that_of_a_device():
     """On a mesh the rows and the vocabulary of one device count, not those of all."""
-    alone = logps._default_chunk(2, 2**14)
+
+    def loops(num_rows, num_entries):
+        integers = jnp.zeros((num_rows, 4096), jnp.int32)
+        states = [jnp.zeros((num_rows, 4096, 2)), jnp.zeros((num_entries, 2))]
+        program = str(jax.make_jaxpr(logps.token_stats)(*states, integers, integers))
+        return re.findall(r"\blength=(\d+)\b", program)
+
+    alone = loops(2, 2**14)
     with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
-        found = jax.jit(lambda: logps._default_chunk(8, 2**15))
-        assert found() == alone == 256
+        assert loops(8, 2**15) == alone == ["16"]
 
 
 def test_the_default_chunk_bounds_the_logits():
-    all_logits = 4 * 4096 * 32768 * 4  # 2 GiB; a chunk has 16 million logits, 64 MiB
+    all_logits = 4 * 4096 * 32768 * 4  # 2 GiB; a chunk has 16 million logits
     assert scoring_bytes(4096, rows=4, vocabulary=32768, chunk=None) < all_logits / 8
+
+
+def test_scoring_memory_does_not_grow_with_the_vocabulary_but_by_its_gradient():
+    small, large = (
+        scoring_bytes(1024, vocabulary=v, chunk=1024) for v in (2**15, 2**17)
+    )
+    gradient = (2**17 - 2**15) * 16 * 4
+    assert large - small <= 2.1 * gradient
 
 
 def test_scoring_memory_is_linear_in_the_row_length():
@@ -708,18 +731,17 @@ def kl_from_itself(model, params, batch, **kwargs):
     return logps.token_kl(model, params, batch, anchor_params=params, **kwargs)
 
 
-def test_the_default_chunk_of_token_kl_holds_512_tokens(monkeypatch):
-    """Or eight of them here: two rows, four positions of a row at a time."""
-    monkeypatch.setattr(logps, "_CHUNK_TOKENS", 8)
-    groups = fixtures.random_groups(0, 2, 2)
-    batch = fixtures.pack_all(groups, 40, rows_multiple=2)
-    assert len(batch.tokens) == 2
-    assert has_loop(-(-batch.predict.shape[1] // 4), kl_from_itself, 2**20, batch)
+def test_the_default_chunk_of_token_kl_is_that_of_scoring(monkeypatch):
+    monkeypatch.setattr(logps, "_CHUNK_ENTRIES", 256)
+    monkeypatch.setattr(logps, "_CHUNK_ELEMENTS", 1)
+    batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2), 40, rows_multiple=2)
+    assert has_loop(4, kl_from_itself, 2**10, batch)
 
 
 @pytest.mark.parametrize("function", [logps.response_scores, kl_from_itself])
-@pytest.mark.parametrize("chunk", [2, 5])
+@pytest.mark.parametrize("chunk", [2, 5, 37])
 def test_scores_and_kl_are_computed_in_the_chunks_asked_for(function, chunk):
     batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2), 40)
-    chunks = -(-batch.predict.shape[1] // chunk)
-    assert has_loop(chunks, function, 37, batch, chunk=chunk)
+    chunks = -(-37 // chunk)
+    looped = has_loop(chunks, function, 37, batch, chunk=chunk)
+    assert bool(looped) == (chunk < 37 or function is kl_from_itself)

@@ -203,6 +203,9 @@ def _scan_pairs(step, carry, position, end, window, block):
 
 
 def _blockwise_forward(query, key, value, position, end, window, softcap, block):
+    # Tied to the queries, or the gradient of a scan over layers would compute the masks
+    # of all pairs of blocks before it and keep them.
+    query, position, end = jax.lax.optimization_barrier((query, position, end))
     shape = query.shape[:-1]
 
     def step(carry, pair):

@@ -284,14 +284,15 @@ def test_gradients_on_eight_devices_are_those_of_one(name):
 
 @pytest.fixture(scope="module")
 def exchanged():
-    """The collectives of loss and gradient by mesh, with chunks of few tokens."""
+    """The collectives of loss and gradient by mesh, with chunks of few entries."""
 
     @functools.cache
     def compiled(**sizes):
         mesh = sharding.make_mesh(**sizes)
         with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
             patch.setattr(logps, "_CHUNK_ELEMENTS", 1)
-            patch.setattr(logps, "_CHUNK_TOKENS", 4)
+            patch.setattr(logps, "_CHUNK_ENTRIES", 4)
+            patch.setattr(logps, "_LANES", 1)
             step = jax.jit(loss_and_gradient)
             text = step.lower(*on_mesh(mesh)).compile().as_text()
         return hlo.collectives(text, mesh), mesh
@@ -310,7 +311,7 @@ def test_a_loss_of_each_prompt_exchanges_nothing(exchanged, sizes):
     assert not [s for s in scopes if re.search(r"\b(loss|reward)\b", s)]
 
 
-@pytest.mark.parametrize("sizes", ALL_MESHES[:2], ids=str)
+@pytest.mark.parametrize("sizes", ALL_MESHES, ids=str)
 def test_the_chunks_of_scoring_exchange_nothing(exchanged, sizes):
     """Loops in the scope of scoring: that over layers is in a scope of the decoder."""
     found, _ = exchanged(**sizes)
