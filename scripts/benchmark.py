@@ -9,8 +9,13 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
 
     scoring       token logps with gradient: chunked against dense logits
     dpo_pairs     a DPO step on rows against the padded [2B, T] layout, with the lengths
-                  of `--pairs`, else drawn (log-normal, means 56 + 98 / 95 tokens)
+                  of `--pairs`, else drawn (log-normal, means 56 + 98 / 95 tokens), of a
+                  model whose vocabulary is most of the work
     dpo_long      the same with 768-token prompts and two 128-token responses
+    dpo_deep      as `dpo_pairs`, of a model whose layers are most of the work
+    dpo_lists     that model on lists of 8 responses of 100 tokens to prompts of 400
+    growth        the step on full rows while one size grows: rows, groups, layers ...
+    peak          useful flops of the step over those of the best matrix product
     attention     attention of one layer with gradient: in blocks against dense, on rows
                   of several groups
     tokenise      text of pairs to ids: many records at once against one by one
@@ -32,7 +37,6 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import logging
@@ -41,8 +45,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,20 +54,19 @@ import tyro
 
 import load_variants
 import loss_variants
+import step_variants
 import torch_generate
-from pref_jax import anchors, rewards
-from pref_jax.data import readers, rows, sources, templates, token_cache
+from pref_jax.data import readers, sources, templates, token_cache
 from pref_jax.data.records import Records, from_objects
 from pref_jax.logps import token_stats
-from pref_jax.losses.pairwise import dpo_loss, logistic_loss
-from pref_jax.method import Method, on_rewards
 from pref_jax.models.attention import IMPLEMENTATIONS
 from pref_jax.models.decoder import DecoderConfig, make_decoder
 from pref_jax.sampling import SamplingConfig, make_sampler
 from pref_jax.train.run import environment, write_json
 from pref_jax.train.state import init_state
 from pref_jax.train.step import make_train_step
-from pref_jax.types import TokenGroup
+from step_variants import Work, random_group
+from variants import Variant, measure
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -78,12 +79,11 @@ class Config:
 
     cases: tuple[str, ...] = ()  # names as above; none: all
     calls: int = 20  # timed calls of each variant, in turn
-    vocab_size: int = 8192  # V
-    width: int = 128  # D
-    num_layers: int = 4
+    vocab_size: int | None = None  # V; None: that of the case, as the next two
+    width: int | None = None  # D
+    num_layers: int | None = None
     groups_per_step: int = 8  # pairs of a DPO step
     num_batches: int = 8  # different batches of a DPO case
-    beta: float = 0.1  # reward per nat
     dtype: str = "float32"  # of matrix products
     pairs: str | None = None  # .jsonl of pairs, whose lengths are used
     tokenizer: str | None = None  # folder, for `pairs`
@@ -102,89 +102,17 @@ class Config:
             raise ValueError("`pairs` and `tokenizer` belong together; give both.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way of doing the work of a case.
-
-    Attributes:
-      name: of the way.
-      function: to be compiled, unless it runs on the host.
-      arguments: one tuple a call, used in turn.
-      count: what one call of each argument tuple achieves, such as its tokens.
-      shape: what to print of its arrays.
-      host: it makes no device arrays and is called as it is.
-    """
-
-    name: str
-    function: Callable
-    arguments: list[tuple]
-    count: list[dict[str, int]]
-    shape: str
-    host: bool = False
-
-
-def measure(name: str, variants: list[Variant], config: Config) -> dict:
-    """Compile, warm up, run the variants in turn; times, rates, bytes and ratios."""
-    results, compiled = {}, {}
-    for variant in variants:
-        began = time.perf_counter()
-        compiled[variant.name], memory = variant.function, None
-        if not variant.host:
-            program = jax.jit(variant.function).lower(*variant.arguments[0]).compile()
-            compiled[variant.name], memory = program, program.memory_analysis()
-        results[variant.name] = {
-            "shape": variant.shape,
-            "compile_seconds": round(time.perf_counter() - began, 3),
-            "temp_bytes": memory.temp_size_in_bytes if memory else None,
-        }
-        jax.block_until_ready(compiled[variant.name](*variant.arguments[0]))
-    seconds = {variant.name: [] for variant in variants}
-    for call in range(config.calls):
-        for variant in variants:
-            arguments = variant.arguments[call % len(variant.arguments)]
-            began = time.perf_counter()
-            jax.block_until_ready(compiled[variant.name](*arguments))
-            seconds[variant.name].append(time.perf_counter() - began)
-    for variant in variants:
-        times = np.array(seconds[variant.name])
-        low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
-        result = results[variant.name]
-        result |= {
-            "median_seconds": round(float(median), 6),
-            "iqr_seconds": [round(float(low), 6), round(float(high), 6)],
-        }
-        for key in variant.count[0]:
-            done = sum(
-                variant.count[call % len(variant.count)][key]
-                for call in range(config.calls)
-            )
-            result[f"{key}_rate"] = round(done / float(times.sum()), 3)
-    line = {
-        "name": name,
-        "dtype": config.dtype,
-        "calls": config.calls,
-        "variants": results,
-    }
-    if len(variants) > 1:
-        first, second = (results[variant.name] for variant in variants[:2])
-        line |= {
-            "time_ratio": round(second["median_seconds"] / first["median_seconds"], 3),
-            "temp_bytes_ratio": _ratio(second["temp_bytes"], first["temp_bytes"]),
-            "ratio_is": f"{variants[1].name} / {variants[0].name}",
-        }
-    return line
-
-
 def measure_case(name: str, config: Config) -> dict:
     """The line of a case, or of a case of many parts."""
     found = CASES[name](config)
+    options = {"calls": config.calls, "dtype": config.dtype}
     if "variants" in found:  # measured in processes of its own
         line = {"name": name} | found
     elif isinstance(found, dict):
-        parts = [measure(part, variants, config) for part, variants in found.items()]
+        parts = [measure(part, variants, **options) for part, variants in found.items()]
         line = {"name": name, "dtype": config.dtype, "parts": parts}
     else:
-        line = measure(name, found, config)
+        line = measure(name, found, **options)
     line["environment"] = environment()
     line["environment"]["versions"] |= {
         package: importlib.metadata.version(package)
@@ -194,36 +122,44 @@ def measure_case(name: str, config: Config) -> dict:
     return line
 
 
-def _ratio(a, b):
-    return round(a / b, 3) if a and b else None
+_NARROW = DecoderConfig(
+    vocab_size=8192,
+    width=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_width=384,
+)
 
 
-def _sizes(config: Config) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=config.vocab_size,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=config.width // 32,
-        num_kv_heads=config.width // 32,
-        head_dim=32,
-        mlp_width=3 * config.width,
-        dtype=config.dtype,
-    )
+def _sizes(config: Config, of_case: DecoderConfig = _NARROW) -> DecoderConfig:
+    """The sizes of a case, or those that were asked for."""
+    changes = {"dtype": config.dtype}
+    for name in ("vocab_size", "num_layers"):
+        if getattr(config, name) is not None:
+            changes[name] = getattr(config, name)
+    if config.width is not None:
+        heads = config.width // 32
+        changes |= {"width": config.width, "num_heads": heads, "num_kv_heads": heads}
+        changes |= {"head_dim": 32, "mlp_width": 3 * config.width}
+    return dataclasses.replace(of_case, **changes)
 
 
-def _model(config: Config):
-    model = make_decoder(_sizes(config))
-    return model, jax.jit(model.init)(jax.random.key(config.seed))
+def _model(sizes: DecoderConfig, seed: int):
+    model = make_decoder(sizes)
+    return model, jax.jit(model.init)(jax.random.key(seed))
 
 
 def scoring(config: Config) -> list[Variant]:
     """Value and gradient of the mean logp of every position."""
-    num_rows, row_length, width = 4, 512, config.width
+    sizes = _sizes(config, step_variants.SMALL)
+    num_rows, row_length, width = 4, 512, sizes.width
     rng = np.random.default_rng(config.seed)
     hidden = jnp.asarray(rng.normal(size=(num_rows, row_length, width)), jnp.float32)
-    matrix = jnp.asarray(rng.normal(size=(config.vocab_size, width)), jnp.float32)
+    matrix = jnp.asarray(rng.normal(size=(sizes.vocab_size, width)), jnp.float32)
     shape = (num_rows, row_length)
-    targets = jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
+    targets = jnp.asarray(rng.integers(0, sizes.vocab_size, shape), jnp.int32)
     predict = jnp.broadcast_to(jnp.arange(row_length), shape)
     dtype = config.dtype
 
@@ -242,7 +178,7 @@ def scoring(config: Config) -> list[Variant]:
         return jnp.take_along_axis(logps, targets[..., None], axis=-1).mean()
 
     count = [{"tokens": num_rows * row_length}]
-    text = f"[{num_rows}, {row_length}, {width}] x [{config.vocab_size}, {width}]"
+    text = f"[{num_rows}, {row_length}, {width}] x [{sizes.vocab_size}, {width}]"
     return [
         Variant(
             function.__name__,
@@ -257,16 +193,17 @@ def scoring(config: Config) -> list[Variant]:
 
 def attention(config: Config) -> list[Variant]:
     """Value and gradient of attention over rows of pairs."""
-    num_rows, row_length, num_heads, head_dim = 4, 1024, config.width // 32, 32
+    sizes = _sizes(config)
+    num_rows, row_length = 4, 1024
     rng = np.random.default_rng(config.seed)
     lengths = [(96, (96, 64))] * (3 * num_rows)
     batches = sources.evaluation_batches(
-        [_random_group(rng, config, i, *pair) for i, pair in enumerate(lengths)],
+        [random_group(rng, sizes.vocab_size, i, *p) for i, p in enumerate(lengths)],
         groups_per_step=len(lengths),
         row_length=row_length,
     )
     position, end = (jnp.asarray(getattr(batches[0], n)) for n in ("position", "end"))
-    shape = (end.shape[0], row_length, num_heads, head_dim)
+    shape = (end.shape[0], row_length, sizes.num_heads, sizes.head_dim)
     query, key, value = (
         jnp.asarray(rng.normal(size=shape), config.dtype) for _ in range(3)
     )
@@ -285,17 +222,6 @@ def attention(config: Config) -> list[Variant]:
     ]
 
 
-def _random_group(rng, config, record, prompt, responses) -> TokenGroup:
-    draw = functools.partial(rng.integers, 1, config.vocab_size, dtype=np.int32)
-    return TokenGroup(
-        prompt=draw(prompt),
-        responses=tuple(draw(n) for n in responses),
-        loss_masks=tuple(np.ones(n, bool) for n in responses),
-        labels=(1.0, 0.0),
-        record=record,
-    )
-
-
 def _pair_lengths(config: Config) -> list[tuple[int, tuple[int, int]]]:
     num = config.groups_per_step * config.num_batches
     if config.pairs is not None:
@@ -310,127 +236,47 @@ def _pair_lengths(config: Config) -> list[tuple[int, tuple[int, int]]]:
     return [(int(p), (int(a), int(b))) for p, a, b in drawn]
 
 
+def _layouts(config: Config, sizes: DecoderConfig, lengths) -> list[Variant]:
+    work = Work(
+        _sizes(config, sizes), lengths, config.groups_per_step, seed=config.seed
+    )
+    return [step_variants.step_on_rows(work), step_variants.step_on_padded(work)]
+
+
 def dpo_pairs(config: Config) -> list[Variant]:
     """A DPO step on pairs of real or drawn lengths."""
-    return _dpo_variants(config, _pair_lengths(config))
+    return _layouts(config, step_variants.SMALL, _pair_lengths(config))
 
 
 def dpo_long(config: Config) -> list[Variant]:
     """A DPO step on long prompts with short responses."""
     num = config.groups_per_step * config.num_batches
-    return _dpo_variants(config, [(768, (128, 128))] * num)
+    return _layouts(config, step_variants.SMALL, [(768, (128, 128))] * num)
 
 
-def _dpo_variants(config: Config, lengths) -> list[Variant]:
-    rng = np.random.default_rng(config.seed)
-    groups = [
-        _random_group(rng, config, i, prompt, responses)
-        for i, (prompt, responses) in enumerate(lengths)
-    ]
-    model, params = _model(config)
-    optimizer = optax.sgd(1e-4)
-    # The anchor's logps are stored in both layouts: only the layout differs.
-    groups = [
-        dataclasses.replace(
-            group,
-            extras={
-                "anchor_logps": tuple(
-                    np.full(len(r), -np.log(config.vocab_size), np.float32)
-                    for r in group.responses
-                )
-            },
-        )
-        for group in groups
-    ]
-    batches = sources.evaluation_batches(
-        groups,
+def dpo_deep(config: Config) -> list[Variant]:
+    """A DPO step on pairs, of a model that is mostly layers."""
+    return _layouts(config, step_variants.DEEP, _pair_lengths(config))
+
+
+def dpo_lists(config: Config) -> list[Variant]:
+    """A step on lists of eight responses, of a model that is mostly layers."""
+    return _layouts(config, step_variants.DEEP, [(400, (100,) * 8)] * 2)
+
+
+def growth(config: Config) -> dict[str, list[Variant]]:
+    """Steps on full rows, one size of which grows."""
+    del config
+    return step_variants.growth()
+
+
+def peak(config: Config) -> dict:
+    """Steps beside the best matrix product."""
+    return step_variants.share_of_peak(
+        calls=config.calls,
+        dtype=config.dtype,
         groups_per_step=config.groups_per_step,
-        row_length=sources.longest_group(groups),
     )
-    state = init_state(params, optimizer, rng=jax.random.key(0))
-    step = make_train_step(_dpo_method(config), model, optimizer)
-    packed = [batches[i] for i in range(len(batches))]
-    counts = [
-        {
-            "pairs": rows.count_batch(batch)["examples"],
-            "real_tokens": int(
-                sum(lengths[i][0] + sum(lengths[i][1]) for i in batches.indices(number))
-            ),
-        }
-        for number, batch in enumerate(packed)
-    ]
-    longest = max(p + max(r) for p, r in lengths)
-    num_predict = max(max(r) for _, r in lengths)
-    padded = [
-        _pad_batch([groups[i] for i in batches.indices(n)], longest, num_predict)
-        for n in range(len(batches))
-    ]
-
-    def padded_step(state, batch):
-        def loss(params):
-            logps = _padded_logps(model, params, batch)
-            logps, anchor = logps.sum(-1), batch["anchor_logps"].sum(-1)
-            entries, _ = dpo_loss(logps.T, anchor_logps=anchor.T, beta=config.beta)
-            return entries.mean()
-
-        value, grads = jax.value_and_grad(loss)(state.params)
-        updates, _ = optimizer.update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), value
-
-    place = functools.partial(jax.tree.map, jnp.asarray)
-    return [
-        Variant(
-            "rows",
-            step,
-            [(state, place(batch)) for batch in packed],
-            counts,
-            f"[{packed[0].tokens.shape[0]}, {packed[0].tokens.shape[1]}]",
-        ),
-        Variant(
-            "padded",
-            padded_step,
-            [(state, place(batch)) for batch in padded],
-            counts,
-            f"[{2 * config.groups_per_step}, {longest}]",
-        ),
-    ]
-
-
-def _pad_batch(groups, length, num_predict) -> dict[str, np.ndarray]:
-    """One response a row, the prompt repeated: chosen rows, then rejected rows."""
-    pairs = [(group, k) for k in range(2) for group in groups]
-    shape = (len(pairs), length)
-    batch = {
-        "tokens": np.zeros(shape, np.int32),
-        "targets": np.zeros(shape, np.int32),
-        "predict": np.full((shape[0], num_predict), -1, np.int32),
-        "length": np.zeros(shape[0], np.int32),
-    }
-    batch["anchor_logps"] = np.zeros((2, len(groups), batch["predict"].shape[1]))
-    for i, (group, k) in enumerate(pairs):
-        ids = np.concatenate([group.prompt, group.responses[k]])
-        n, first = len(group.responses[k]), len(group.prompt) - 1
-        batch["tokens"][i, : len(ids)] = ids
-        batch["targets"][i, : len(ids) - 1] = ids[1:]
-        batch["predict"][i, :n] = first + np.arange(n)
-        batch["length"][i] = len(ids)
-        stored = group.extras["anchor_logps"][k]
-        batch["anchor_logps"][k, i % len(groups), :n] = stored
-    batch["anchor_logps"] = batch["anchor_logps"].astype(np.float32)
-    return batch
-
-
-def _padded_logps(model, params, batch):
-    """f32[2, B, T] of the padded layout, by the same model and scoring."""
-    index = jnp.arange(batch["tokens"].shape[1])
-    position = jnp.broadcast_to(index, batch["tokens"].shape)
-    real = index[None] < batch["length"][:, None]
-    end = jnp.where(real, batch["length"][:, None], index[None] + 1)
-    hidden = model.hidden(params, batch["tokens"], position, end)
-    stats = token_stats(
-        hidden, model.unembedding(params), batch["targets"], batch["predict"]
-    )
-    return stats["logp"].reshape(2, -1, batch["predict"].shape[1])
 
 
 def _text_pairs(config: Config) -> tuple[Records, templates.TextEncoder]:
@@ -520,7 +366,7 @@ def input_pipeline(config: Config) -> list[Variant]:
     model = make_decoder(sizes)
     optimizer = optax.sgd(1e-4)
     params = jax.jit(model.init)(jax.random.key(config.seed))
-    step = make_train_step(_dpo_method(config), model, optimizer)
+    step = make_train_step(step_variants.METHOD, model, optimizer)
     state = init_state(params, optimizer, rng=jax.random.key(0))
     numbers = range(len(batches))
     shape = f"[{batches.shape.num_rows}, {batches.shape.row_length}]"
@@ -533,21 +379,13 @@ def input_pipeline(config: Config) -> list[Variant]:
     ]
 
 
-def _dpo_method(config: Config) -> Method:
-    return Method(
-        name="DPO",
-        anchor=anchors.fixed(),
-        reward=functools.partial(rewards.sequence_reward, beta=config.beta),
-        loss=on_rewards(logistic_loss),
-    )
-
-
 def sampler(config: Config) -> list[Variant]:
     """K samples of each prompt: the prompt kept once, or repeated."""
-    model, params = _model(config)
+    sizes = _sizes(config)
+    model, params = _model(sizes, config.seed)
     num_prompts, prompt_length, num_samples, num_steps = 4, 256, 8, 64
     rng = np.random.default_rng(config.seed)
-    prompts = rng.integers(1, config.vocab_size, (num_prompts, prompt_length))
+    prompts = rng.integers(1, sizes.vocab_size, (num_prompts, prompt_length))
     prompts = jnp.asarray(prompts, jnp.int32)
     count = [{"tokens": num_prompts * num_samples * num_steps}]
 
@@ -580,15 +418,14 @@ def sampler(config: Config) -> list[Variant]:
 
 def generate(config: Config) -> list[Variant]:
     """K samples of each of many prompts: our sampler, and transformers on torch."""
-    wide = _sizes(dataclasses.replace(config, width=2 * config.width))
+    wide = dataclasses.replace(step_variants.SMALL, vocab_size=8192)
     # Tied and untrained, a model would repeat the prompt's last token.
-    sizes = dataclasses.replace(wide, tied=False)
-    model = make_decoder(sizes)
-    params = jax.jit(model.init)(jax.random.key(config.seed))
+    sizes = dataclasses.replace(_sizes(config, wide), tied=False)
+    model, params = _model(sizes, config.seed)
     num_prompts, shortest, longest, num_samples, num_steps = 32, 64, 128, 4, 64
     rng = np.random.default_rng(config.seed)
     length = rng.integers(shortest, longest + 1, num_prompts).astype(np.int32)
-    drawn = rng.integers(1, config.vocab_size, (num_prompts, longest), np.int32)
+    drawn = rng.integers(1, sizes.vocab_size, (num_prompts, longest), np.int32)
     prompts = [ids[:n] for ids, n in zip(drawn, length, strict=True)]
     keys = jax.random.split(jax.random.key(config.seed), num_prompts)
     arguments = (params, jnp.asarray(drawn), jnp.asarray(length), keys)
@@ -670,6 +507,10 @@ CASES = {
     "attention": attention,
     "dpo_pairs": dpo_pairs,
     "dpo_long": dpo_long,
+    "dpo_deep": dpo_deep,
+    "dpo_lists": dpo_lists,
+    "growth": growth,
+    "peak": peak,
     "tokenise": tokenise,
     "input": input_pipeline,
     "sampler": sampler,

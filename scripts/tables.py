@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = "docs/records"
 GPU_RECORD = "benchmark_gpu"
+PEAK_RECORD = "benchmark_peak"
 _PEER_COSTS = ("time", "cpu")
 _KEPT = ("experiment", "results", "config", "environment", "seconds")
 _SLOT = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -145,7 +146,7 @@ def benchmarks(records) -> str:
     for name, record in records.items():
         if not name.startswith("benchmark_") or "parts" in record:
             continue
-        if name == GPU_RECORD:  # has a table of its own
+        if name in (GPU_RECORD, PEAK_RECORD):  # have tables of their own
             continue
         ways = [f"{k} ({way['shape']})" for k, way in record["variants"].items()]
         ratios = [record.get(key) for key in ("time_ratio", "temp_bytes_ratio")]
@@ -253,6 +254,64 @@ def loss_benchmarks(records) -> str:
         text += f"; TRL {versions['trl']} with torch {versions['torch']}"
     columns = ["loss", "shape", "pref_jax, ms [quartiles]", "time TRL / pref_jax"]
     return markdown(columns, rows) + f"{text}.\n"
+
+
+def growth(records) -> str:
+    """Time of a token and memory of a step while one size grows."""
+    record = records.get("benchmark_growth")
+    if record is None:
+        return "not run\n"
+    rows = []
+    for part in record["parts"]:
+        times = {
+            size: 1e6 / way["real_tokens_rate"]
+            for size, way in part["variants"].items()
+        }
+        first = next(iter(times.values()))
+        for size, way in part["variants"].items():
+            rows.append(
+                [
+                    part["name"],
+                    size,
+                    way["shape"],
+                    f"{times[size]:.0f}",
+                    f"{times[size] / first:.2f}",
+                    f"{way['temp_bytes'] / 1e6:.0f}",
+                ]
+            )
+    columns = ["what grows", "size", "rows", "microseconds a token", "over the first"]
+    columns += ["temporary, MB"]
+    return markdown(columns, rows) + _where_run(record)
+
+
+def share_of_peak(records) -> str:
+    """Useful flops of a step over those of the best matrix product."""
+    record = records.get(PEAK_RECORD)
+    if record is None:
+        return "not run\n"
+    rows = [
+        [
+            name,
+            way["shape"],
+            f"{way['median_seconds']:.2f}",
+            f"{way['useful_flops'] / 1e9:.0f}",
+            f"{100 * way['share_of_peak']:.0f} %",
+        ]
+        for name, way in record["variants"].items()
+    ]
+    columns = ["model", "rows", "seconds a step", "useful, Gflop", "share of the peak"]
+    peak = record["peak_flops_per_second"] / 1e9
+    text = f"\nThe peak is {peak:.0f} Gflop/s. Useful flops: `{record['formula']}`.\n"
+    return markdown(columns, rows) + text + _where_run(record)
+
+
+def _where_run(record) -> str:
+    environment = record["environment"]
+    versions = environment["versions"]
+    return (
+        f"\nOn {environment['device']}, jax {versions['jax']}; commit "
+        f"{environment['commit'][:12]}.\n"
+    )
 
 
 def peers(records) -> str:
@@ -413,6 +472,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-setting": quickstart_setting,
     "benchmarks": benchmarks,
     "gpu-benchmark": gpu_benchmark,
+    "growth": growth,
+    "share-of-peak": share_of_peak,
     "loading": loading,
     "loss-benchmarks": loss_benchmarks,
     "peers": peers,

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import loss_variants
+import step_variants
 import torch_generate
 from pref_jax import losses
+from pref_jax.models import flops
 from scripts import benchmark
 
 SMALL = benchmark.Config(
@@ -27,8 +29,9 @@ def _short_rows(monkeypatch):
 
 
 @pytest.mark.slow  # two steps of the size of a measurement
-def test_a_step_on_rows_is_the_step_on_padded_pairs():
-    rows, padded = benchmark.dpo_pairs(SMALL)
+@pytest.mark.parametrize("case", ["dpo_pairs", "dpo_lists"])
+def test_a_step_on_rows_is_the_step_on_the_padded_layout(case):
+    rows, padded = benchmark.CASES[case](SMALL)
     assert rows.count == padded.count
     for on_rows, on_pairs in zip(rows.arguments, padded.arguments, strict=True):
         state, outputs = jax.jit(rows.function)(*on_rows)
@@ -38,6 +41,35 @@ def test_a_step_on_rows_is_the_step_on_padded_pairs():
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
             state.params,
             params,
+        )
+
+
+def test_rows_are_full_while_one_size_grows():
+    for name, cases in step_variants.growth_cases().items():
+        works = list(cases.values())
+        sizes = []
+        for work in works:
+            assert len(work.batches) == 1
+            batch = work.batches[0]
+            num_rows, row_length = batch.tokens.shape
+            assert row_length == step_variants._ROW
+            assert num_rows * row_length - sum(g.num_tokens for g in work.groups) < 32
+            sizes.append((num_rows, batch.start.shape, work.sizes))
+        assert len(set(sizes)) == len(sizes), name
+
+
+def test_the_share_of_the_peak_is_that_of_useful_flops(monkeypatch):
+    small = benchmark._sizes(SMALL)
+    monkeypatch.setattr(step_variants, "DEEP", small)
+    monkeypatch.setattr(step_variants, "SMALL", small)
+    monkeypatch.setattr(step_variants, "matmul_peak", lambda: 1e9)
+    line = step_variants.share_of_peak(calls=20, dtype="float32", groups_per_step=1)
+    assert line["peak_flops_per_second"] == 1e9
+    for way in line["variants"].values():
+        expected = way["useful_flops"] / way["median_seconds"] / 1e9
+        assert way["share_of_peak"] == pytest.approx(expected, rel=0.01, abs=1e-3)
+        assert way["useful_flops"] == 3 * flops.forward_flops(
+            small, [(256, (128,) * 2)]
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import fixtures
 import oracles
-from pref_jax.models import attention
+from pref_jax.models import attention, decoder
 
 HEADS, HEAD_DIM = 4, 6
 
@@ -286,6 +286,31 @@ def test_blockwise_memory_is_linear_in_the_row_length(backward):
     growth = (control[2] - control[1]) / (control[1] - control[0])
     assert growth == pytest.approx(4.0, rel=0.05)
     assert control[2] > 20 * long
+
+
+def test_the_gradient_of_a_decoder_keeps_no_masks_of_all_blocks():
+    """Masks depend on no parameter: left alone, all layers would share and keep them."""
+    config = decoder.DecoderConfig(
+        vocab_size=8,
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_width=16,
+        attention="blockwise",
+    )
+    model = decoder.make_decoder(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def gradient_bytes(length):
+        integers = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        gradient = jax.grad(lambda params, *rows: model.hidden(params, *rows).sum())
+        compiled = jax.jit(gradient).lower(params, *[integers] * 3).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, middle, long = (gradient_bytes(length) for length in (1024, 2048, 4096))
+    assert long - middle == pytest.approx(2 * (middle - short), rel=0.1)
 
 
 # --- masks, decoding, errors ----------------------------------------------------------

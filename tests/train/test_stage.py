@@ -199,6 +199,39 @@ class Life:
     counts: list[int]  # parameter-sized buffers beside the caller's, at each batch
 
 
+@pytest.mark.slow
+def test_nothing_is_compiled_again_in_200_steps(tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    loop_config = LoopConfig(num_steps=200, validate_every=20, checkpoint_every=60)
+    stage_config = dataclasses.replace(CONFIG, loop=loop_config)
+    params = make_params(0, SHALLOW)
+    compiled, before_step = [], {}
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    def before_batch(number):
+        before_step[int(number)] = len(compiled)
+
+    batches = tiny_stage.make_batches(mesh, stage_config)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        train(
+            tmp_path,
+            mesh,
+            loop_config=loop_config,
+            model=SHALLOW,
+            params=params,
+            anchor=params,
+            source=CountingSource(batches, params, before_batch),
+        )
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert before_step[0] < before_step[70]  # it does count; two checkpoints by then
+    assert before_step[70] == before_step[199]
+
+
 def test_a_folder_keeps_to_the_config_that_it_was_started_with(tmp_path):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     stage_lib.write_json(
