@@ -10,10 +10,13 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 extras='test'
 selection=(-m 'not slow')
+# Compiling takes most of the time: the default suite leaves most optimisations out.
+export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 arguments=(-n logical --maxprocesses 4 --dist loadfile --durations=15)
 for argument in "$@"; do
   if [ "$argument" = --all ]; then
     extras='test parity'
+    unset JAX_DISABLE_MOST_OPTIMIZATIONS
     selection=(-m 'slow or not slow')
   else
     arguments+=("$argument")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from experiments.worlds import instructions
@@ -338,13 +338,20 @@ def test_words_are_single_tokens_and_texts_short(tokenizer, rows):
 
 
 @given(st.text())
+@example("double")  # after an apostrophe its first letter is a contraction, or is not
 def test_no_token_crosses_from_prompt_to_response(tokenizer, response):
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    prompt = ids(REVERSE)
     openings = (instructions.best_response(REVERSE), *string.printable, "")
     for text in (opening + response for opening in openings):
-        assert ids(REVERSE) + ids(text) == ids(REVERSE + text)
+        together = ids(REVERSE + text)
+        assert together[: len(prompt)] == prompt
+        answer = tokenizer.decode(
+            together[len(prompt) :], clean_up_tokenization_spaces=False
+        )
+        assert answer == text
 
 
 @given(st.text())
