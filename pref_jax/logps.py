@@ -251,8 +251,8 @@ def _chunked_backward(want, softcap, chunk, residuals, grads):
 
     With p the probability of an entry, x its logit and 1 at the target:
 
-    d logp = 1 - p                      d chosen_logit = 1      d logsumexp = p
-    d entropy = p (sum_v p x - x)       d log_sum_sq = 2 p^2 / sum_v p^2 - 2 p
+        d logp = 1 - p                      d chosen_logit = 1      d logsumexp = p
+        d entropy = p (sum_v p x - x)       d log_sum_sq = 2 p^2 / sum_v p^2 - 2 p
     """
     hidden, parts_of, targets, stats, *total = residuals
 

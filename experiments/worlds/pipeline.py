@@ -316,13 +316,11 @@ def make_watch(
     """
     if profile is None and num != ProfileConfig.num:
         raise ValueError("`profile_steps` belongs to `profile`; give --profile too.")
-    clock = StartClock()
-    if compile_cache is not None:
-        enable_compile_cache(compile_cache)
+    cache = None if compile_cache is None else enable_compile_cache(compile_cache)
     return Watch(
         profile=None if profile is None else ProfileConfig(profile, num),
         wandb=None if wandb is None else WandbConfig(wandb),
-        clock=clock,
+        clock=StartClock(cache),
     )
 
 

@@ -229,6 +229,10 @@ class StartClock:
 
     Make it early: only what compiles afterwards is counted as compiling.
 
+    Args:
+      cache: of compiled programs; says at the first step what was found in it, and
+        counts no more. None: there is none.
+
     >>> clock = StartClock()
     >>> clock.first_step() > 0, clock.first_step()
     (True, None)
@@ -236,9 +240,10 @@ class StartClock:
 
     _COMPILED = "/jax/core/compile/backend_compile_duration"
 
-    def __init__(self):
+    def __init__(self, cache: CompileCache | None = None):
         self._compiling = 0.0
         self._done = False
+        self._cache = cache
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
     def _count(self, event: str, seconds: float, **_) -> None:
@@ -262,4 +267,7 @@ class StartClock:
             "first step after %.1f s (%.1f s of it compiling)",
             *(seconds, self._compiling),
         )
+        if self._cache is not None:
+            self._cache.log()
+            self._cache.close()
         return seconds

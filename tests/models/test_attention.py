@@ -289,7 +289,7 @@ def test_blockwise_memory_is_linear_in_the_row_length(backward):
 
 
 def test_the_gradient_of_a_decoder_keeps_no_masks_of_all_blocks():
-    """Masks depend on no parameter: left alone, all layers would share and keep them."""
+    """Masks depend on no parameter: left alone, they are kept, once for all layers."""
     config = decoder.DecoderConfig(
         vocab_size=8,
         width=16,
