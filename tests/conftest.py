@@ -1,5 +1,6 @@
 """What every test sees: eight CPU devices, float32 matmuls, strict shapes, no hub."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable
@@ -28,6 +29,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("pref_jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """What earlier modules left behind is looked at by no later collection of garbage.
+
+    Each would pass over all of it: towards the end they took seconds.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
