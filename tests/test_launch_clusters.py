@@ -298,7 +298,7 @@ case $verb in
       exit 1
     fi
     echo "$state" ;;
-  scp) cp "$5" "$HOST" ;;
+  scp) cp "$5" "$HOST/$$" && mv "$HOST/$$" "$HOST/${5##*/}" ;;  # two hosts, one folder
   ssh)
     for word in "$@"; do
       case $word in
@@ -401,7 +401,7 @@ def test_a_tpu_run_that_fails_or_uses_up_its_restarts_ends(machine, cloud):
 
 
 def test_a_copy_that_fails_starts_no_program(machine, cloud):
-    machine.program("gcloud", GCLOUD.replace('cp "$5" "$HOST"', "exit 9"))
+    machine.program("gcloud", GCLOUD.replace('cp "$5" "$HOST/$$"', "exit 9"))
     status, errors = cloud(("ACTIVE", "ACTIVE"), ())
     assert status == 9
     assert machine.logged() == ["describe", "scp", "describe"]

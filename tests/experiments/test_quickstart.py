@@ -63,7 +63,9 @@ def test_the_world_runs_from_pretraining_to_a_report(world_run):
     record = json.loads((run / "record.json").read_text())
     assert set(record["results"]["models"]) == {"base", "SFT", "DPO", "control"}
     assert record["results"]["steps"]["DPO"] == record["results"]["steps"]["control"]
-    assert record["results"]["models"]["SFT"]["kl"] == [0.0, 0.0, 0.0]
+    assert record["results"]["models"]["SFT"]["kl"] == pytest.approx(
+        [0, 0, 0], abs=1e-6
+    )
     assert record["results"]["models"]["DPO"]["kl"][0] > 0
     assert (run / "report.html").stat().st_size > 10_000
     assert str(run / "report.html") in result.stdout.replace("\n", "") or (
