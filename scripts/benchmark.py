@@ -240,6 +240,7 @@ def _layouts(config: Config, sizes: DecoderConfig, lengths) -> list[Variant]:
     work = Work(
         _sizes(config, sizes), lengths, config.groups_per_step, seed=config.seed
     )
+    work = dataclasses.replace(work, row_length=work.one_row())
     return [step_variants.step_on_rows(work), step_variants.step_on_padded(work)]
 
 

@@ -121,6 +121,16 @@ class Work:
             row_length=max(self.row_length or 0, longest),
         )
 
+    def one_row(self) -> int:
+        """Positions of a row that holds any batch: on one device no row needs a second.
+
+        What is left at the end of a row is lost once, and so are spare positions to score.
+        """
+        tokens = [group.num_tokens for group in self.groups]
+        size = self.groups_per_step
+        most = max(sum(tokens[i : i + size]) for i in range(0, len(tokens), size))
+        return -(-most // 128) * 128
+
     def model_and_params(self):
         """The decoder's functions, and parameters of the seed."""
         model = make_decoder(self.sizes)
