@@ -122,9 +122,10 @@ class Work:
         )
 
     def one_row(self) -> int:
-        """Positions of a row that holds any batch: on one device no row needs a second.
+        """Positions of a row that holds all groups of any batch.
 
-        What is left at the end of a row is lost once, and so are spare positions to score.
+        One device needs no second row: what is left at the end of a row is lost once,
+        and so are positions that are scored for nothing.
         """
         tokens = [group.num_tokens for group in self.groups]
         size = self.groups_per_step
