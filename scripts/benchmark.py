@@ -237,9 +237,8 @@ def _pair_lengths(config: Config) -> list[tuple[int, tuple[int, int]]]:
 
 
 def _layouts(config: Config, sizes: DecoderConfig, lengths) -> list[Variant]:
-    work = Work(
-        _sizes(config, sizes), lengths, config.groups_per_step, seed=config.seed
-    )
+    num_groups = min(config.groups_per_step, len(lengths))
+    work = Work(_sizes(config, sizes), lengths, num_groups, seed=config.seed)
     work = dataclasses.replace(work, row_length=work.one_row())
     return [step_variants.step_on_rows(work), step_variants.step_on_padded(work)]
 
@@ -265,14 +264,21 @@ def dpo_lists(config: Config) -> list[Variant]:
     return _layouts(config, step_variants.DEEP, [(400, (100,) * 8)] * 2)
 
 
+def _refuse_sizes(config: Config, case: str) -> None:
+    for name in ("vocab_size", "width", "num_layers"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"case {case} has sizes of its own; leave out `{name}`.")
+
+
 def growth(config: Config) -> dict[str, list[Variant]]:
     """Steps on full rows, one size of which grows."""
-    del config
-    return step_variants.growth()
+    _refuse_sizes(config, "growth")
+    return step_variants.growth(config.dtype)
 
 
 def peak(config: Config) -> dict:
     """Steps beside the best matrix product."""
+    _refuse_sizes(config, "peak")
     return step_variants.share_of_peak(
         calls=config.calls,
         dtype=config.dtype,
@@ -329,17 +335,8 @@ def input_pipeline(config: Config) -> list[Variant]:
     found, encoder = _text_pairs(config)
     folder = tempfile.TemporaryDirectory()  # as long as `make_batch` lives
     cached = token_cache.tokenised(found, encoder, folder.name, policy="drop")
-    sizes = DecoderConfig(
-        vocab_size=32_000,
-        width=256,
-        num_layers=4,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=32,
-        mlp_width=704,
-        tied=False,
-        dtype=config.dtype,
-    )
+    small = dataclasses.replace(step_variants.SMALL, vocab_size=32_000, tied=False)
+    sizes = _sizes(config, small)
     size = sizes.vocab_size
 
     def with_logps(group):

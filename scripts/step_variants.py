@@ -253,9 +253,9 @@ def _full_row(num_groups: int, num_responses: int = 2) -> list:
     return [(prompt, (response,) * num_responses)] * num_groups
 
 
-def growth_cases() -> dict[str, dict[str, Work]]:
+def growth_cases(dtype: str = "float32") -> dict[str, dict[str, Work]]:
     """{what grows: {its size: work}}; all else stays, and rows are full."""
-    narrow = dataclasses.replace(SMALL, vocab_size=8192)
+    narrow = dataclasses.replace(SMALL, vocab_size=8192, dtype=dtype)
 
     def work(sizes=narrow, lengths=None, num_rows=1):
         lengths = (lengths or _full_row(8)) * num_rows
@@ -279,11 +279,11 @@ def growth_cases() -> dict[str, dict[str, Work]]:
     }
 
 
-def growth() -> dict[str, list[Variant]]:
+def growth(dtype: str) -> dict[str, list[Variant]]:
     """A step on full rows at sizes of one kind at a time."""
     return {
         name: [step_on_rows(work, size) for size, work in cases.items()]
-        for name, cases in growth_cases().items()
+        for name, cases in growth_cases(dtype).items()
     }
 
 

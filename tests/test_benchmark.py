@@ -120,13 +120,13 @@ def test_a_config_that_makes_no_sense_is_an_error(fields, message):
         dataclasses.replace(SMALL, **fields)
 
 
-def test_the_input_case_makes_the_batch_that_its_step_takes(monkeypatch):
-    small = benchmark.DecoderConfig
-    monkeypatch.setattr(
-        benchmark,
-        "DecoderConfig",
-        lambda **sizes: small(**sizes | {"width": 32, "num_layers": 1}),
-    )
+@pytest.mark.parametrize("case", ["growth", "peak"])
+def test_a_case_with_sizes_of_its_own_takes_no_others(case):
+    with pytest.raises(ValueError, match=f"case {case} .* leave out `vocab_size`"):
+        benchmark.CASES[case](SMALL)
+
+
+def test_the_input_case_makes_the_batch_that_its_step_takes():
     batch, step = benchmark.input_pipeline(SMALL)
     for numbered, (_, placed) in zip(batch.arguments, step.arguments, strict=True):
         made = batch.function(*numbered)
