@@ -168,3 +168,37 @@ def test_programs_for_tpus_are_estimates_and_say_what_does_not_fit(tables):
     assert "10.0 of 15.8, **does not fit** |" in lines[3]
     assert lines[-1] == "Seconds and MFU: estimate, not run."
     assert tables.tpu({"mutants": {}}) == "not run\n"
+
+
+ENVIRONMENT = {
+    "commit": "abcdef0123456789",
+    "versions": {"jax": "0.10.2"},
+    "device": "1 x cpu",
+}
+
+
+def test_growth_is_the_time_of_a_token_over_that_of_the_smallest_size(tables):
+    def way(rate, temp_bytes):
+        return {"shape": "[1, 8]", "real_tokens_rate": rate, "temp_bytes": temp_bytes}
+
+    part = {"name": "layers", "variants": {"2": way(2e3, 5e6), "4": way(1e3, 9e6)}}
+    records = {"benchmark_growth": {"parts": [part], "environment": ENVIRONMENT}}
+    text = tables.growth(records)
+    assert "| layers | 2 | [1, 8] | 500 | 1.00 | 5 |" in text
+    assert "| layers | 4 | [1, 8] | 1000 | 2.00 | 9 |" in text
+    assert "On 1 x cpu, jax 0.10.2; commit abcdef012345." in text
+    assert tables.growth({}) == "not run\n"
+
+
+def test_the_share_of_the_peak_stands_with_its_peak_and_formula(tables):
+    way = {"shape": "[1, 8]", "median_seconds": 2.0, "useful_flops": 3e11}
+    record = {
+        "variants": {"small": way | {"share_of_peak": 0.5}},
+        "peak_flops_per_second": 3e11,
+        "formula": "passes * N",
+        "environment": ENVIRONMENT,
+    }
+    text = tables.share_of_peak({"benchmark_peak": record})
+    assert "| small | [1, 8] | 2.00 | 300 | 50 % |" in text
+    assert "The peak is 300 Gflop/s. Useful flops: `passes * N`." in text
+    assert tables.share_of_peak({}) == "not run\n"
