@@ -16,6 +16,8 @@ ratio of medians; seconds of one run are not to be compared with seconds of anot
     dpo_lists     that model on lists of 8 responses of 100 tokens to prompts of 400
     growth        the step on full rows while one size grows: rows, groups, layers ...
     peak          useful flops of the step over those of the best matrix product
+    loop          a step within `fit`, which makes batches and logs, against compiled
+                  steps alone, of a model of 100 million parameters
     attention     attention of one layer with gradient: in blocks against dense, on rows
                   of several groups
     tokenise      text of pairs to ids: many records at once against one by one
@@ -53,6 +55,7 @@ import optax
 import tyro
 
 import load_variants
+import loop_variants
 import loss_variants
 import step_variants
 import torch_generate
@@ -286,6 +289,12 @@ def peak(config: Config) -> dict:
     )
 
 
+def loop(config: Config) -> dict:
+    """Steps within a run beside the compiled steps alone."""
+    _refuse_sizes(config, "loop")
+    return loop_variants.measure(calls=config.calls, dtype=config.dtype)
+
+
 def _text_pairs(config: Config) -> tuple[Records, templates.TextEncoder]:
     """Pairs and the encoder of their tokenizer: of `--pairs`, or of a small world."""
     if config.pairs is not None:
@@ -509,6 +518,7 @@ CASES = {
     "dpo_lists": dpo_lists,
     "growth": growth,
     "peak": peak,
+    "loop": loop,
     "tokenise": tokenise,
     "input": input_pipeline,
     "sampler": sampler,

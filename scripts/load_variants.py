@@ -23,6 +23,7 @@ import numpy as np
 
 from pref_jax.models import pretrained, published
 from pref_jax.models.decoder import DecoderConfig
+from variants import quartiles
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -145,23 +146,21 @@ def measure(
 
 
 def _summary(results: list[dict]) -> dict:
-    def quantiles(key):
-        values = np.quantile([result[key] for result in results], [0.25, 0.5, 0.75])
-        return [round(float(value), 3) for value in values]
+    def times(key):
+        return quartiles([result[key] for result in results])
 
-    low, median, high = quantiles("seconds_touched")
+    touched = times("seconds_touched")
     kept, peak = (
         max(result[key] for result in results) for key in ("kept_bytes", "peak_bytes")
     )
     on_device = results[0]["largest_device_bytes"]
     return {
         "shape": f"{kept / 2e9:.2f} 10^9 parameters",
-        "median_seconds": median,
-        "iqr_seconds": [low, high],
-        "median_seconds_returned": quantiles("seconds")[1],
+        **touched,
+        "median_seconds_returned": times("seconds")["median_seconds"],
         "kept_bytes": kept,
         "peak_bytes": peak,
         "peak_over_kept": round(peak / kept, 3),
         "device_over_kept": on_device and round(on_device / kept, 3),
-        "megabytes_rate": round(kept / 1e6 / median, 3),
+        "megabytes_rate": round(kept / 1e6 / touched["median_seconds"], 3),
     }

@@ -31,6 +31,14 @@ class Variant:
     host: bool = False
 
 
+def quartiles(seconds) -> dict:
+    """Median and quartiles of some times, as a record holds them."""
+    low, median, high = (
+        round(float(q), 6) for q in np.quantile(seconds, [0.25, 0.5, 0.75])
+    )
+    return {"median_seconds": median, "iqr_seconds": [low, high]}
+
+
 def measure(name: str, variants: list[Variant], *, calls: int, dtype: str) -> dict:
     """Compile, warm up, run the variants in turn; times, rates, bytes and ratios."""
     results, compiled = {}, {}
@@ -54,18 +62,14 @@ def measure(name: str, variants: list[Variant], *, calls: int, dtype: str) -> di
             jax.block_until_ready(compiled[variant.name](*arguments))
             seconds[variant.name].append(time.perf_counter() - began)
     for variant in variants:
-        times = np.array(seconds[variant.name])
-        low, median, high = np.quantile(times, [0.25, 0.5, 0.75])
+        times = seconds[variant.name]
         result = results[variant.name]
-        result |= {
-            "median_seconds": round(float(median), 6),
-            "iqr_seconds": [round(float(low), 6), round(float(high), 6)],
-        }
+        result |= quartiles(times)
         for key in variant.count[0]:
             done = sum(
                 variant.count[call % len(variant.count)][key] for call in range(calls)
             )
-            result[f"{key}_rate"] = round(done / float(times.sum()), 3)
+            result[f"{key}_rate"] = round(done / sum(times), 3)
     line = {
         "name": name,
         "dtype": dtype,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import loop_variants
 import loss_variants
 import step_variants
 import torch_generate
@@ -71,6 +72,16 @@ def test_the_share_of_the_peak_is_that_of_useful_flops(monkeypatch):
         assert way["useful_flops"] == 3 * flops.forward_flops(
             small, [(256, (128,) * 2)]
         )
+
+
+def test_the_loop_takes_the_steps_that_are_timed_alone():
+    sizes = dataclasses.replace(benchmark._sizes(SMALL), vocab_size=150)
+    line = loop_variants.measure(calls=20, dtype="float32", sizes=sizes)
+    assert line["calls"] == 30
+    assert list(line["variants"]) == ["steps alone", "fit"]
+    assert len(line["time_ratios"]) == 5
+    # A step of a model this small is over before its metrics are logged.
+    assert line["time_ratio"] > 1.03
 
 
 @pytest.mark.parametrize("name", ["scoring", "attention"])

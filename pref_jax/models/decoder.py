@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pref_jax.axes import GATHERED, constrain, gather, parts, per_device
+from pref_jax.axes import GATHERED, constrain, parts, per_device
 from pref_jax.models import attention as attention_lib
+from pref_jax.models.products import project, with_leading_axes
 from pref_jax.types import Model
 
 REMAT_POLICIES = {
@@ -295,11 +296,6 @@ def _residual_std(config, fan_in):
     return embedding_size * (2 * config.num_layers * fan_in) ** -0.5
 
 
-def _with_leading_axes(x, ndim):
-    """x as [1, ..., 1, *shape] of `ndim` axes: it broadcasts without rank promotion."""
-    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
-
-
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * (scale + offset), in float32.
 
@@ -317,7 +313,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean + self.eps)
-        return (normed * _with_leading_axes(scale, x.ndim)).astype(x.dtype)
+        return (normed * with_leading_axes(scale, x.ndim)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -330,7 +326,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x):
         """[..., D] -> [..., D]."""
         scale, bias = (
-            _with_leading_axes(param[...].astype(jnp.float32), x.ndim)
+            with_leading_axes(param[...].astype(jnp.float32), x.ndim)
             for param in (self.scale, self.bias)
         )
         normed = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.eps)
@@ -352,7 +348,7 @@ def rotate(x, position, rotary: Rotary):
     Source: Su et al., arXiv:2104.09864, in the order that Hugging Face checkpoints use.
     """
     frequency = jnp.asarray(rotary.frequencies(x.shape[-1]))
-    frequency = _with_leading_axes(frequency, position.ndim + 1)
+    frequency = with_leading_axes(frequency, position.ndim + 1)
     angle = (position.astype(jnp.float32)[..., None] * frequency)[..., None, :]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     if rotary.scaling is not None and rotary.scaling.amplitude != 1:
@@ -362,30 +358,6 @@ def rotate(x, position, rotary: Rotary):
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*(y.astype(x.dtype) for y in turned), rest], axis=-1)
-
-
-def _project(x, matrix, bias, adapter, axes, *, inputs: int = 1):
-    """x, over its last `inputs` axes, times a matrix; plus bias and low-rank adapter.
-
-    Args:
-      x: [..., *in].
-      matrix: nnx.Param [*in, *out].
-      bias: nnx.Param [*out] or None.
-      adapter: {"a": [*in, rank], "b": [rank, *out]} or None: a @ b is added.
-      axes: logical ones of the matrix.
-      inputs: axes of `in`.
-    """
-
-    def times(x, matrix, axes, inputs):
-        return jnp.tensordot(x, gather(matrix.astype(x.dtype), axes), inputs)
-
-    out = times(x, matrix[...], axes, inputs)
-    if adapter is not None:
-        low = times(x, adapter["a"], (*axes[:inputs], "rank"), inputs)
-        out += times(low, adapter["b"], ("rank", *axes[inputs:]), 1)
-    if bias is not None:
-        out += _with_leading_axes(bias[...].astype(x.dtype), out.ndim)
-    return out
 
 
 class Attention(nnx.Module):
@@ -417,7 +389,7 @@ class Attention(nnx.Module):
     def __call__(self, x, position, attend, adapters):
         """[..., D] -> [..., D], and what `attend` keeps."""
         query, key, value = (
-            _project(
+            project(
                 x, matrix, bias, adapters.get(name), PARAM_AXES[f"attention/{name}"]
             )
             for name, matrix, bias in (
@@ -432,7 +404,7 @@ class Attention(nnx.Module):
             query = rotate(query, position, self.kind.rotary)
             key = rotate(key, position, self.kind.rotary)
         out, kept = attend(query, key, value, self.kind.window)
-        out = _project(
+        out = project(
             out,
             self.out,
             self.out_bias,
@@ -461,17 +433,22 @@ class MLP(nnx.Module):
         """[..., D] -> [..., D]."""
         activation = ACTIVATIONS[self.activation]
 
-        def project(x, name, matrix, bias):
-            return _project(
-                x, matrix, bias, adapters.get(name), PARAM_AXES[f"mlp/{name}"]
-            )
+        def times(x, name, matrix, bias):
+            axes = PARAM_AXES[f"mlp/{name}"]
+            return project(x, matrix, bias, adapters.get(name), axes)
 
-        inner = project(x, "up", self.up, self.up_bias)
-        if self.gate is None:
-            inner = activation(inner)
-        else:
-            inner = activation(project(x, "gate", self.gate, self.gate_bias)) * inner
-        return project(inner, "down", self.down, self.down_bias)
+        inner = [times(x, "up", self.up, self.up_bias)]
+        if self.gate is not None:
+            inner.insert(0, times(x, "gate", self.gate, self.gate_bias))
+
+        # Nothing between the wide products and the narrow one is kept for the backward
+        # pass. In a scan, the barrier against computing it once only costs time.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def finish(first, *others):
+            inner = math.prod(others, start=activation(first))
+            return times(inner, "down", self.down, self.down_bias)
+
+        return finish(*inner)
 
 
 class Block(nnx.Module):
