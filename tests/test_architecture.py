@@ -10,7 +10,7 @@
                     |
     losses  rewards  q_values  anchors  targets  logps  evals     pure maths: jax, numpy
                     |
-              types   checks   numerics   axes   processes
+              types   checks   numerics   loops   axes   processes
 
 Imports point down only, also those inside functions.
 """
@@ -32,7 +32,7 @@ from pref_jax import losses
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    ("types", "checks", "numerics", "axes", "processes"),
+    ("types", "checks", "numerics", "loops", "axes", "processes"),
     ("losses", "rewards", "q_values", "anchors", "targets", "logps", "evals"),
     ("method",),
     ("train", "data", "models", "sampling", "envs", "report"),

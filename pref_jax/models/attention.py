@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pref_jax.loops import loop_at_most
 from pref_jax.numerics import soft_cap
 
 _MASKED = -1e30  # finite, so that a row that sees nothing gives 0 and not NaN
@@ -145,7 +146,11 @@ def _blockwise(query, key, value, position, end, window, softcap, block):
 
 
 def _block_pairs(position, end, window, block):
-    """The (query block, key block) pairs below the diagonal, and which are needed."""
+    """The (query block, key block) pairs below the diagonal: the needed ones first.
+
+    Returns:
+      i32[N, 2], and how many of them are needed.
+    """
     num_blocks = end.shape[1] // block
     pairs = np.array([(i, j) for i in range(num_blocks) for j in range(i + 1)])
     first_index = jnp.asarray(pairs[:, :1].T * block)
@@ -156,7 +161,7 @@ def _block_pairs(position, end, window, block):
         nearest = blocks.min(-1)[:, pairs[:, 0]] - blocks.max(-1)[:, pairs[:, 1]]
         # Positions restart with a group: only what the window rules out in all rows.
         needed &= (nearest < window).any(0)
-    return jnp.asarray(pairs), needed
+    return jnp.asarray(pairs)[jnp.argsort(~needed, stable=True)], needed.sum()
 
 
 def _slice(x, index, block):
@@ -193,13 +198,11 @@ def _block_logits(query, key, position, end, pair, window, softcap, block):
 
 
 def _scan_pairs(step, carry, position, end, window, block):
-    pairs, needed = _block_pairs(position, end, window, block)
-
-    def body(carry, x):
-        pair, need = x
-        return jax.lax.cond(need, lambda c: step(c, pair), lambda c: c, carry), None
-
-    return jax.lax.scan(body, carry, (pairs, needed))[0]
+    pairs, number = _block_pairs(position, end, window, block)
+    # Not a scan that skips: to skip a pair costs a copy of all that the loop carries.
+    return loop_at_most(
+        len(pairs), number, lambda n, carry: step(carry, pairs[n]), carry
+    )
 
 
 def _blockwise_forward(query, key, value, position, end, window, softcap, block):

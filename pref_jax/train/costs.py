@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
+from pref_jax.loops import most_turns
 from pref_jax.train import topology as topology_lib
 from pref_jax.train.hlo import (
     Collective,
@@ -118,7 +119,8 @@ def count_flops(jaxpr, *, while_turns: int | None = None) -> float:
 
     Args:
       jaxpr: such as `jax.jit(f).trace(*arguments).jaxpr`.
-      while_turns: of a `while_loop`; None: one with products is an error.
+      while_turns: of a `while_loop` that does not say how often it turns at most
+        (`numerics.loop_at_most`); None: one with products is an error.
 
     Returns:
       Flops over all devices.
@@ -167,11 +169,13 @@ def _equation_flops(equation, turns) -> float:
     if name == "cond":
         return max(inside)
     if name == "while":
+        turns = most_turns(str(equation.source_info.name_stack)) or turns
         if any(inside) and turns is None:
             raise ValueError(
                 "`count_flops` cannot count the matrix products inside a while_loop, "
                 "whose number of turns is not known; use lax.scan, or lax.fori_loop "
-                "with constant bounds, or say how often with `while_turns`."
+                "with constant bounds, or numerics.loop_at_most, or say how often with "
+                "`while_turns`."
             )
         return (turns or 0) * sum(inside)
     if name == "shard_map":

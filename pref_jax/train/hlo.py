@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pref_jax.loops import most_turns
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -446,7 +448,7 @@ def collectives(hlo_text: str, mesh, *, unknown_turns: int = 1) -> list[Collecti
                     )
             elif instruction.opcode == "while":
                 trips = program.trips(computation, instruction)
-                turns = executions * (unknown_turns if trips is None else trips)
+                turns = executions * _turns(trips, instruction, unknown_turns)
                 exact = is_exact and trips is not None
                 for part in ("condition", "body"):
                     inside = (turns, exact, (*loops, here), here)
@@ -473,8 +475,15 @@ def unknown_loops(hlo_text: str) -> list[str]:
         for computation in program.computations.values()
         for instruction in computation.instructions.values()
         if instruction.opcode == "while"
-        and program.trips(computation, instruction) is None
+        and _turns(program.trips(computation, instruction), instruction, None) is None
     ]
+
+
+def _turns(trips: int | None, loop: _Instruction, unknown_turns: int | None):
+    """How often a loop turns: what the text tells, or at most, or what is assumed."""
+    if trips is not None:
+        return trips
+    return most_turns(loop.op_name) or unknown_turns
 
 
 def _called(instruction: _Instruction) -> str | None:
@@ -561,9 +570,8 @@ def bytes_accessed(hlo_text: str, *, unknown_turns: int = 1) -> float:
         opcode = instruction.opcode
         if opcode == "while":
             trips = program.trips(computation, instruction)
-            return (unknown_turns if trips is None else trips) * of_computation(
-                instruction.called("body")
-            )
+            turns = _turns(trips, instruction, unknown_turns)
+            return turns * of_computation(instruction.called("body"))
         if opcode == "conditional":
             return max(of_computation(branch) for branch in instruction.branches)
         if opcode in ("call", "async-start") and _called(instruction):

@@ -276,7 +276,8 @@ def test_blockwise_memory_is_linear_in_the_row_length(backward):
         attention_bytes(blockwise, length, backward=backward)
         for length in (2048, 4096, 8192)
     )
-    assert long - middle == pytest.approx(2 * (middle - short), rel=0.1)
+    # At most: the same bytes may hold what is used at different times.
+    assert long - middle < 2.2 * (middle - short)
     assert long < 4.4 * short
     # The control: a quadratic grows by four times, and lies far above.
     control = [

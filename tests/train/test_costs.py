@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pref_jax.loops import loop_at_most
 from pref_jax.models import decoder
 from pref_jax.train import costs, sharding, topology
 from pref_jax.train.hlo import Collective
@@ -117,6 +118,17 @@ def test_convolutions_count_by_their_kernel():
     kernels = jax.ShapeDtypeStruct((4, 3, 5, 5), jnp.float32)
     counted = flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"), images, kernels)
     assert counted == 2 * (2 * 4 * 12 * 12) * (3 * 5 * 5)
+
+
+@pytest.mark.parametrize("outer", [1, 3])
+def test_a_loop_that_says_how_often_it_turns_at_most_counts_as_often(outer):
+    def layer(x, _):
+        return loop_at_most(5, (x > 0).sum() % 5, lambda n, x: x @ x, x), None
+
+    def layers(x):
+        return jax.lax.scan(layer, x, None, length=outer)[0]
+
+    assert flops(layers) == outer * 5 * PRODUCT
 
 
 def test_what_cannot_be_counted_is_an_error():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pref_jax.loops import loop_at_most
 from pref_jax.train import hlo, sharding, topology
 from tests import tpu_programs
 from tests.tpu_programs import INNER, NUM_LAYERS, WIDTH, on_all
@@ -164,6 +165,21 @@ def test_a_loop_that_turns_an_unknown_number_of_times_is_marked(mesh):
     assert loop.endswith("while")
     function, arguments = tpu_programs.layers(mesh)
     assert hlo.unknown_loops(compiled(function, arguments)) == []
+
+
+def test_a_loop_that_says_how_often_it_turns_at_most_is_taken_at_its_word(mesh):
+    def function(x):
+        def outer(x, _):
+            turns = x[0].astype(int) % 7
+            inner = lambda n, x: jax.lax.psum(x, "tensor")  # noqa: E731
+            return loop_at_most(7, turns, inner, x), None
+
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    text = compiled(*on_all(mesh, function, (8,), P(), P()))
+    (found,) = hlo.collectives(text, mesh)
+    assert (found.executions, found.is_exact) == (35, False)
+    assert hlo.unknown_loops(text) == []
 
 
 def test_of_a_conditional_the_branch_that_sends_most_is_listed(mesh):
