@@ -25,6 +25,7 @@ from pref_jax.models.flops import FORMULA, forward_flops
 from pref_jax.train.state import init_state
 from pref_jax.train.step import make_train_step
 from pref_jax.types import TokenGroup
+from step_profile import profile
 from variants import Variant, measure
 
 SMALL = DecoderConfig(
@@ -307,6 +308,8 @@ def matmul_peak(sizes=(1024, 2048, 4096), repeats: int = 5) -> float:
 def share_of_peak(*, calls: int, dtype: str, groups_per_step: int = 8) -> dict:
     """Useful flops a second of DPO steps over those of the best matrix product.
 
+    And where their time goes.
+
     The product is timed before and after, in the same process; the faster counts.
     """
     lengths = [(256, (128, 128))] * groups_per_step
@@ -316,7 +319,9 @@ def share_of_peak(*, calls: int, dtype: str, groups_per_step: int = 8) -> dict:
     }
     works = {
         name: dataclasses.replace(
-            work, sizes=dataclasses.replace(work.sizes, dtype=dtype)
+            work,
+            sizes=dataclasses.replace(work.sizes, dtype=dtype),
+            row_length=work.one_row(),
         )
         for name, work in works.items()
     }
@@ -324,10 +329,11 @@ def share_of_peak(*, calls: int, dtype: str, groups_per_step: int = 8) -> dict:
     steps = [step_on_rows(work, name) for name, work in works.items()]
     line = measure("peak", steps, calls=calls, dtype=dtype)
     peak = max(before, matmul_peak())
-    for name, work in works.items():
+    for step, (name, work) in zip(steps, works.items(), strict=True):
         useful = 3 * forward_flops(work.sizes, lengths)
         result = line["variants"][name]
         result["useful_flops"] = useful
         result["share_of_peak"] = round(useful / result["median_seconds"] / peak, 3)
+        result["profile"] = profile(step, calls=3)
     del line["time_ratio"], line["temp_bytes_ratio"], line["ratio_is"]
     return line | {"peak_flops_per_second": round(peak), "formula": FORMULA}

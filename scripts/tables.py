@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDS = "docs/records"
 GPU_RECORD = "benchmark_gpu"
 PEAK_RECORD = "benchmark_peak"
+_NUM_COSTS = 6  # of a step, that are listed
 _PEER_COSTS = ("time", "cpu")
 _KEPT = ("experiment", "results", "config", "environment", "seconds")
 _SLOT = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -305,6 +306,20 @@ def share_of_peak(records) -> str:
     return markdown(columns, rows) + text + _where_run(record)
 
 
+def step_profile(records) -> str:
+    """The parts of a step that take most time."""
+    record = records.get(PEAK_RECORD)
+    if record is None:
+        return "not run\n"
+    rows = [
+        [name, part["part"], part["kind"], f"{100 * part['share']:.0f} %"]
+        for name, way in record["variants"].items()
+        for part in way["profile"][:_NUM_COSTS]
+    ]
+    columns = ["model", "part of the step", "what", "share of busy time"]
+    return markdown(columns, rows) + _where_run(record)
+
+
 def _where_run(record) -> str:
     environment = record["environment"]
     versions = environment["versions"]
@@ -474,6 +489,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "gpu-benchmark": gpu_benchmark,
     "growth": growth,
     "share-of-peak": share_of_peak,
+    "step-profile": step_profile,
     "loading": loading,
     "loss-benchmarks": loss_benchmarks,
     "peers": peers,

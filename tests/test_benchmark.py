@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import loop_variants
 import loss_variants
+import step_profile
 import step_variants
 import torch_generate
 from pref_jax import losses
@@ -72,6 +75,26 @@ def test_the_share_of_the_peak_is_that_of_useful_flops(monkeypatch):
         assert way["useful_flops"] == 3 * flops.forward_flops(
             small, [(256, (128,) * 2)]
         )
+        shares = {(p["part"], p["kind"]): p["share"] for p in way["profile"]}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-2)
+        found = {part for part, _ in shares}
+        assert {"unembedding", "attention over keys", "MLP and norm"} <= found
+        products = sum(
+            share for (_, kind), share in shares.items() if kind == "products"
+        )
+        assert 0.05 < products < 1
+
+
+def test_kernels_that_hold_others_are_not_counted_beside_them():
+    def loop(x):
+        with jax.named_scope("mlp"):
+            return jax.lax.fori_loop(0, 3, lambda _, x: x @ x, x)
+
+    text = jax.jit(loop).lower(jnp.ones((8, 8))).compile().as_text()
+    parts = step_profile.kernel_parts(text)
+    assert ("MLP and norm", "products") in parts.values()
+    (held,) = re.findall(r"%?([\w.-]+) = .* while\(", text)
+    assert held not in parts
 
 
 def test_the_loop_takes_the_steps_that_are_timed_alone():

@@ -202,3 +202,15 @@ def test_the_share_of_the_peak_stands_with_its_peak_and_formula(tables):
     assert "| small | [1, 8] | 2.00 | 300 | 50 % |" in text
     assert "The peak is 300 Gflop/s. Useful flops: `passes * N`." in text
     assert tables.share_of_peak({}) == "not run\n"
+
+
+def test_of_a_step_the_parts_that_take_most_are_listed(tables):
+    parts = [
+        {"part": f"part {i}", "kind": "products", "share": (20 - i) / 100}
+        for i in range(9)
+    ]
+    record = {"variants": {"small": {"profile": parts}}, "environment": ENVIRONMENT}
+    text = tables.step_profile({"benchmark_peak": record})
+    assert "| small | part 0 | products | 20 % |" in text
+    assert "part 5" in text and "part 6" not in text
+    assert tables.step_profile({}) == "not run\n"

@@ -403,7 +403,8 @@ class Attention(nnx.Module):
         if self.kind.rotary is not None:
             query = rotate(query, position, self.kind.rotary)
             key = rotate(key, position, self.kind.rotary)
-        out, kept = attend(query, key, value, self.kind.window)
+        with jax.named_scope("attend"):
+            out, kept = attend(query, key, value, self.kind.window)
         out = project(
             out,
             self.out,
@@ -468,18 +469,21 @@ class Block(nnx.Module):
 
     def __call__(self, x, position, attend, adapters):
         """[..., D] -> [..., D], and what `attend` keeps."""
-        normed = _optional(self.attention_norm, x)
-        out, kept = self.attention(
-            normed, position, attend, adapters.get("attention", {})
-        )
-        after = x + _optional(self.attention_post_norm, out)
-        after = constrain(after, "rows", None, "width")
-        out = self.mlp(
-            _optional(self.mlp_norm, x if self.parallel else after),
-            adapters.get("mlp", {}),
-        )
-        after += _optional(self.mlp_post_norm, out)
-        return constrain(after, "rows", None, "width"), kept
+        # Traces and compiled programs tell the parts apart by these names.
+        with jax.named_scope("attention"):
+            normed = _optional(self.attention_norm, x)
+            out, kept = self.attention(
+                normed, position, attend, adapters.get("attention", {})
+            )
+            after = x + _optional(self.attention_post_norm, out)
+            after = constrain(after, "rows", None, "width")
+        with jax.named_scope("mlp"):
+            out = self.mlp(
+                _optional(self.mlp_norm, x if self.parallel else after),
+                adapters.get("mlp", {}),
+            )
+            after += _optional(self.mlp_post_norm, out)
+            return constrain(after, "rows", None, "width"), kept
 
 
 def _optional(norm, x):
@@ -577,7 +581,8 @@ class Decoder(nnx.Module):
                     prevent_cse=False,  # inside a scan the barrier only costs time
                 )
             inputs = (state, adapters.get("blocks", {}), jnp.arange(self.num_periods))
-            (x, carry), outputs = jax.lax.scan(one_period, (x, carry), inputs)
+            with jax.named_scope("layers"):
+                (x, carry), outputs = jax.lax.scan(one_period, (x, carry), inputs)
             kept.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outputs))
         last_adapters = adapters.get("last_blocks", {})
         for i in range(self.config.num_layers - self.num_periods * period):

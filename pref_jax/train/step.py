@@ -169,13 +169,14 @@ def make_train_step(
             finite = _undo_split(finite, _num_rows(batch))
         _, denominator = sums["loss"]
         grads = jax.tree.map(lambda g: _divide(g, denominator), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {name: _divide(*pair) for name, pair in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["update_norm"] = optax.tree.norm(updates)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        params = optax.apply_updates(state.params, updates)
         number = state.step + 1
         state = TrainState(
             step=number,
