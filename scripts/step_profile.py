@@ -15,6 +15,7 @@ import tempfile
 
 import jax
 
+from pref_jax.train import hlo
 from variants import Variant
 
 _PARTS = (
@@ -27,8 +28,7 @@ _PARTS = (
 )
 """Scope -> part, the innermost first."""
 
-_HOLDS_OTHERS = re.compile(r" (while|conditional|call)\(")
-_PRODUCT = re.compile(r"\b(dot|ynn_fusion|convolution)\b")
+_PRODUCT = re.compile(r"dot\b|ynn_fusion")
 
 
 def kernel_parts(hlo_text: str) -> dict[str, tuple[str, str]]:
@@ -38,16 +38,11 @@ def kernel_parts(hlo_text: str) -> dict[str, tuple[str, str]]:
       hlo_text: `compiled.as_text()` of a step.
     """
     found = {}
-    line_of = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*$", re.MULTILINE)
-    for line in line_of.finditer(hlo_text):
-        name = line[1]
-        if _HOLDS_OTHERS.search(line[0]):
-            continue
-        scope = re.search(r'op_name="([^"]*)"', line[0])
-        parts = re.split(r"[/()]", scope[1] if scope else "")
-        part = next((part for key, part in _PARTS if key in parts), "all else")
-        is_product = _PRODUCT.search(re.sub(r"\.\d+$", "", name)) is not None
-        found.setdefault(name, (part, "products" if is_product else "the rest"))
+    for name, scope in hlo.kernel_scopes(hlo_text).items():
+        names = re.split(r"[/()]", scope)
+        part = next((part for key, part in _PARTS if key in names), "all else")
+        is_product = _PRODUCT.match(name) is not None
+        found[name] = part, "products" if is_product else "the rest"
     return found
 
 

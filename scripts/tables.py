@@ -159,7 +159,7 @@ def benchmarks(records) -> str:
                 ways[0],
                 ways[1] if ways[1:] else "not run",
                 *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                ", ".join(f"{first[rate]:.0f} {rate[:-5]}/s" for rate in rates),
+                ", ".join(f"{_round(first[rate])} {rate[:-5]}/s" for rate in rates),
                 record["environment"]["device"],
             ]
         )
@@ -175,6 +175,10 @@ def benchmarks(records) -> str:
         "device",
     ]
     return markdown(columns, rows)
+
+
+def _round(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def loading(records) -> str:

@@ -479,6 +479,36 @@ def unknown_loops(hlo_text: str) -> list[str]:
     ]
 
 
+def kernel_scopes(hlo_text: str) -> dict[str, str]:
+    """Every kernel of an optimised program and the scope that it belongs to.
+
+    A kernel without a scope of its own has that of the loop or branch it stands in.
+
+    Args:
+      hlo_text: `compiled.as_text()`.
+    """
+    program = _Program(hlo_text)
+    found = {}
+
+    def visit(name: str, scope: str) -> None:
+        for instruction in program.computations[name].instructions.values():
+            here = instruction.op_name or scope
+            if instruction.opcode == "while":
+                parts = [instruction.called(p) for p in ("condition", "body")]
+            elif instruction.opcode == "conditional":
+                parts = instruction.branches
+            elif instruction.opcode == "call":
+                parts = [_called(instruction)]
+            else:
+                found[instruction.name] = here
+                continue
+            for part in parts:
+                visit(part, here)
+
+    visit(program.entry, "")
+    return found
+
+
 def _turns(trips: int | None, loop: _Instruction, unknown_turns: int | None):
     """How often a loop turns: what the text tells, or at most, or what is assumed."""
     if trips is not None:

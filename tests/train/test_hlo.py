@@ -1,6 +1,7 @@
 """Collectives and memory traffic, read off the text of optimised programs."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,28 @@ def test_a_loop_that_says_how_often_it_turns_at_most_is_taken_at_its_word(mesh):
     (found,) = hlo.collectives(text, mesh)
     assert (found.executions, found.is_exact) == (35, False)
     assert hlo.unknown_loops(text) == []
+
+
+def test_a_kernel_has_the_scope_of_the_loop_that_it_stands_in():
+    def function(x):
+        with jax.named_scope("outside"):
+            y = jnp.sin(x) @ x
+        with jax.named_scope("inside"):
+            return jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y @ x), y)
+
+    text = jax.jit(function).lower(jnp.ones((8, 8))).compile().as_text()
+    scopes = hlo.kernel_scopes(text)
+    (loop,) = re.findall(r"%?([\w.-]+) = .* while\(", text)
+    assert loop not in scopes  # its kernels are listed in its place
+    assert {"outside", "inside"} <= {
+        part for s in scopes.values() for part in s.split("/")
+    }
+    # The compiler forgets the scope of a kernel now and then.
+    bare = re.sub(r', metadata={op_name="[^"]*/while/body[^}]*}', "", text)
+    inside = [name for name, scope in scopes.items() if "while/body" in scope]
+    assert inside
+    for name in inside:
+        assert "inside" in hlo.kernel_scopes(bare)[name].split("/")
 
 
 def test_of_a_conditional_the_branch_that_sends_most_is_listed(mesh):
