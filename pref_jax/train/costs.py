@@ -120,7 +120,7 @@ def count_flops(jaxpr, *, while_turns: int | None = None) -> float:
     Args:
       jaxpr: such as `jax.jit(f).trace(*arguments).jaxpr`.
       while_turns: of a `while_loop` that does not say how often it turns at most
-        (`numerics.loop_at_most`); None: one with products is an error.
+        (`loops.loop_at_most`); None: one with products is an error.
 
     Returns:
       Flops over all devices.
@@ -174,8 +174,8 @@ def _equation_flops(equation, turns) -> float:
             raise ValueError(
                 "`count_flops` cannot count the matrix products inside a while_loop, "
                 "whose number of turns is not known; use lax.scan, or lax.fori_loop "
-                "with constant bounds, or numerics.loop_at_most, or say how often with "
-                "`while_turns`."
+                "with constant bounds, or pref_jax.loops.loop_at_most, or say how often "
+                "with `while_turns`."
             )
         return (turns or 0) * sum(inside)
     if name == "shard_map":
