@@ -174,8 +174,8 @@ def _equation_flops(equation, turns) -> float:
             raise ValueError(
                 "`count_flops` cannot count the matrix products inside a while_loop, "
                 "whose number of turns is not known; use lax.scan, or lax.fori_loop "
-                "with constant bounds, or pref_jax.loops.loop_at_most, or say how often "
-                "with `while_turns`."
+                "with constant bounds, or pref_jax.loops.loop_at_most, or say how "
+                "often with `while_turns`."
             )
         return (turns or 0) * sum(inside)
     if name == "shard_map":
