@@ -29,6 +29,7 @@ _PARTS = (
 """Scope -> part, the innermost first."""
 
 _PRODUCT = re.compile(r"dot\b|ynn_fusion")
+"""Names of kernels of products; XLA's CPU kernels of that name make sums as well."""
 
 
 def kernel_parts(hlo_text: str) -> dict[str, tuple[str, str]]:
