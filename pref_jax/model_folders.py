@@ -5,6 +5,8 @@
     stage of a run        model.json and checkpoints/; with adapters, its base likewise
 
 Whatever it is, what comes back is a config and plain parameters: adapters are merged.
+A folder may lie on `gs://`: a stage is read from there, each device its part, and the
+files of the other kinds are copied to the disk of each host first.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pref_jax.data.anchor_cache import params_identity
@@ -32,14 +36,27 @@ TOKENIZER_FOLDER = "tokenizer"
 
 _HF, _ADAPTER, _STAGE = "Hugging Face checkpoint", "adapter", "stage of a run"
 
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.md")
+_WEIGHTS = "*.safetensors"
+
+
+def _on_disk(path: str, *, weights: bool = True) -> str:
+    """The folder of a checkpoint or an adapter where files are read by position."""
+    return storage.fetch(path, patterns=_SMALL_FILES + (_WEIGHTS,) * weights)
+
+
+def _is_folder(path: str) -> bool:
+    return storage.as_folder(path).is_dir()
+
+
+def _whole_path(path: str) -> str:
+    """The same from wherever it is read."""
+    remote = storage.is_object_store(path)
+    return str(path) if remote else str(pathlib.Path(path).resolve())
+
 
 def _kind(path: str) -> str:
-    if storage.is_object_store(path):
-        raise CheckpointFormatError(
-            f"{path} lies in a bucket, and models are read from a disk: copy the "
-            f"folder to every host first, such as with `gcloud storage cp -r`."
-        )
-    folder = pathlib.Path(path)
+    folder = storage.as_folder(path)
     if (folder / stage.MODEL_FILE).is_file():
         return _STAGE
     if (folder / "adapter_config.json").is_file():
@@ -71,10 +88,11 @@ def load_config(path: str, *, max_positions: int | None = None) -> DecoderConfig
     """
     kind = _kind(path)
     if kind == _HF:
-        return pretrained.load_config(path, max_positions=max_positions)
+        folder = _on_disk(path, weights=False)
+        return pretrained.load_config(folder, max_positions=max_positions)
     if kind == _ADAPTER:
         return load_config(_peft_base(path), max_positions=max_positions)
-    return _stage_config(pathlib.Path(path), max_positions)
+    return _stage_config(storage.as_folder(path), max_positions)
 
 
 def load(
@@ -104,24 +122,27 @@ def load(
     options = {"param_dtype": param_dtype, "max_positions": max_positions, **compute}
     if kind == _HF:
         shardings = None if mesh is None else functools.partial(_shardings, mesh)
-        return pretrained.load(path, shardings=shardings, **options)
+        return pretrained.load(_on_disk(path), shardings=shardings, **options)
     if kind == _ADAPTER:
         base = _peft_base(path)
         config, params = load(base, mesh=mesh, **options)
-        lora_config, trained = lora.load_peft(path, config, base=hf_origin(base))
+        folder = _on_disk(path)
+        lora_config, trained = lora.load_peft(folder, config, base=hf_origin(base))
         if mesh is not None:
             trained = jax.device_put(trained, _shardings(mesh, trained))
         return config, lora.merge(params, trained, lora_config)
-    return _load_stage(pathlib.Path(path), mesh, options)
+    return _load_stage(storage.as_folder(path), mesh, options)
 
 
 def tokenizer_folder(path: str) -> str:
-    """Folder of the tokenizer that belongs to a model's folder."""
+    """Folder, on this disk, of the tokenizer that belongs to a model's folder."""
     kind = _kind(path)
     if kind == _STAGE:
-        return str(pathlib.Path(path).resolve().parent / TOKENIZER_FOLDER)
-    own = any(pathlib.Path(path).glob("tokenizer*"))
-    return path if kind == _HF or own else tokenizer_folder(_peft_base(path))
+        run = storage.as_folder(_whole_path(path)).parent
+        return storage.fetch(run / TOKENIZER_FOLDER)
+    folder = _on_disk(path, weights=False)
+    own = any(pathlib.Path(folder).glob("tokenizer*"))
+    return folder if kind == _HF or own else tokenizer_folder(_peft_base(path))
 
 
 def base_identity(path: str, *, dtype: str = "float32") -> dict[str, str]:
@@ -135,39 +156,42 @@ def base_identity(path: str, *, dtype: str = "float32") -> dict[str, str]:
       path: of any of the three kinds.
       dtype: that the base is held in while adapters are trained on it.
     """
-    resolved = pathlib.Path(path).resolve()
-    return {"path": str(resolved), "hash": _hash(resolved), "dtype": dtype}
+    return {"path": _whole_path(path), "hash": _hash(path), "dtype": dtype}
 
 
-def _hash(folder: pathlib.Path) -> str:
-    kind = _kind(str(folder))
+def _hash(path: str) -> str:
+    kind = _kind(path)
     digest = hashlib.sha256(kind.encode())
     if kind == _STAGE:
+        folder = storage.as_folder(path)
         digest.update(params_identity(_restore_trained(folder, None)).encode())
         base = _base_of_stage(folder)
         below = base and base["path"]
     else:
-        for file in sorted(
-            (*folder.glob("*config.json"), *folder.glob("*.safetensors"))
-        ):
+        folder = pathlib.Path(_on_disk(path))
+        for file in sorted((*folder.glob("*config.json"), *folder.glob(_WEIGHTS))):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        below = _peft_base(folder) if kind == _ADAPTER else None
+        below = _peft_base(path) if kind == _ADAPTER else None
     if below:
-        digest.update(_hash(pathlib.Path(below)).encode())
+        digest.update(_hash(below).encode())
     return digest.hexdigest()
 
 
 def hf_origin(path: str) -> str | None:
-    """The Hugging Face folder that a model came from, through all its bases."""
+    """The Hugging Face folder that a model came from, through all its bases.
+
+    Of one in a bucket, its copy on this disk, which may be without the weights.
+    """
     kind = _kind(path)
     if kind == _HF:
-        return str(path)
+        return _on_disk(path, weights=False)
     if kind == _ADAPTER:
         return hf_origin(_peft_base(path))
-    base = _base_of_stage(pathlib.Path(path))
-    start = base["path"] if base else _run_config(pathlib.Path(path)).get("model")
-    return hf_origin(start) if start and pathlib.Path(start).is_dir() else None
+    folder = storage.as_folder(path)
+    base = _base_of_stage(folder)
+    start = base["path"] if base else _run_config(folder).get("model")
+    return hf_origin(start) if start and _is_folder(start) else None
 
 
 def export_adapters(path: str, out: str) -> pathlib.Path:
@@ -177,7 +201,7 @@ def export_adapters(path: str, out: str) -> pathlib.Path:
       CheckpointFormatError: the folder is no stage, has no adapters, or its base is no
         Hugging Face folder, which PEFT could not open.
     """
-    folder = pathlib.Path(path)
+    folder = storage.as_folder(path)
     base = _base_of_stage(folder) if _kind(path) == _STAGE else None
     if base is None:
         raise CheckpointFormatError(f"{path} is no stage of a run with adapters.")
@@ -199,14 +223,14 @@ def export_adapters(path: str, out: str) -> pathlib.Path:
 
 def card(path: str) -> str:
     """The model card of a stage of a run; of other folders their own, if any."""
-    folder = pathlib.Path(path)
+    folder = storage.as_folder(_whole_path(path))
     if _kind(path) != _STAGE:
         own = folder / "README.md"
         return own.read_text(encoding="utf-8") if own.is_file() else ""
     description, config = _description(path), _run_config(folder)
     base = _base_of_stage(folder) or {"path": config.get("model")}
     return pretrained.model_card(
-        f"{folder.resolve().parent.name}, {folder.name}",
+        f"{folder.parent.name}, {folder.name}",
         method=description["method"],
         paper=description["paper"] or None,
         data=", ".join(config.get("data") or ()) or "the experiment's own",
@@ -219,13 +243,13 @@ def card(path: str) -> str:
     )
 
 
-def _run_config(stage_folder: pathlib.Path) -> dict:
+def _run_config(stage_folder: epath.Path) -> dict:
     """The config of the run that a stage belongs to; {}: it belongs to none."""
-    path = stage_folder.resolve().parent / "config.json"
+    path = storage.as_folder(_whole_path(stage_folder)).parent / "config.json"
     return json.loads(path.read_text())["config"] if path.is_file() else {}
 
 
-def _last_validation(folder: pathlib.Path) -> dict[str, float]:
+def _last_validation(folder: epath.Path) -> dict[str, float]:
     path = folder / "metrics.jsonl"
     # A killed run may have left half a line.
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
@@ -237,20 +261,23 @@ def _last_validation(folder: pathlib.Path) -> dict[str, float]:
 
 
 def _peft_base(path) -> str:
-    named = lora.read_settings(path).get("base_model_name_or_path")
-    folder = pathlib.Path(named or "").expanduser()
+    settings = lora.read_settings(_on_disk(path, weights=False))
+    named = settings.get("base_model_name_or_path") or ""
+    if not storage.is_object_store(named):
+        named = os.path.expanduser(named)
     # From where we are, or from where the adapter lies.
-    found = [f for f in (folder, pathlib.Path(path) / folder) if named and f.is_dir()]
-    if not found or found[0].resolve() == pathlib.Path(path).resolve():
+    found = [named, os.path.join(path, named)]
+    found = [folder for folder in found if named and _is_folder(folder)]
+    if not found or _whole_path(found[0]) == _whole_path(path):
         raise CheckpointFormatError(
             f"{path}/adapter_config.json names the base {named!r}, which is no folder "
             f"of a model here. Put the base's path there."
         )
-    return str(found[0])
+    return found[0]
 
 
 def _description(path) -> dict:
-    file = pathlib.Path(path) / stage.MODEL_FILE
+    file = storage.as_folder(path) / stage.MODEL_FILE
     try:
         found = json.loads(file.read_text())
         decoder.from_description(found["decoder"])
@@ -261,7 +288,7 @@ def _description(path) -> dict:
     return found
 
 
-def _stage_config(folder: pathlib.Path, max_positions: int | None) -> DecoderConfig:
+def _stage_config(folder: epath.Path, max_positions: int | None) -> DecoderConfig:
     config = decoder.from_description(_description(folder)["decoder"])
     if max_positions is None:
         return config  # as it was trained
@@ -272,7 +299,7 @@ def _shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
     return sharding.param_shardings(mesh, lora.param_axes(shapes), shapes)
 
 
-def _chosen_step(folder: pathlib.Path) -> int | None:
+def _chosen_step(folder: epath.Path) -> int | None:
     """The best checkpoint of a finished stage that has one; None: the last."""
     done = folder / loop.DONE_FILE
     try:
@@ -281,12 +308,12 @@ def _chosen_step(folder: pathlib.Path) -> int | None:
         raise CheckpointFormatError(f"{done} cannot be read: {error!r}") from error
 
 
-def _base_of_stage(folder: pathlib.Path) -> dict[str, str] | None:
+def _base_of_stage(folder: epath.Path) -> dict[str, str] | None:
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         return (checkpoints.restore_meta(_chosen_step(folder)) or {}).get("base")
 
 
-def _restore_trained(folder: pathlib.Path, mesh: Mesh | None) -> PyTree:
+def _restore_trained(folder: epath.Path, mesh: Mesh | None) -> PyTree:
     """What a stage trained, placed on a mesh or on one device."""
     step = _chosen_step(folder)
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
@@ -305,7 +332,7 @@ def _restore_trained(folder: pathlib.Path, mesh: Mesh | None) -> PyTree:
         return checkpoints.restore(abstract, step, field="params")
 
 
-def _load_stage(folder: pathlib.Path, mesh, options):
+def _load_stage(folder: epath.Path, mesh, options):
     description = _description(folder)
     config = _stage_config(folder, options.pop("max_positions"))
     dtype = jnp.dtype(options.pop("param_dtype"))
@@ -317,12 +344,12 @@ def _load_stage(folder: pathlib.Path, mesh, options):
 
 
 def _on_base(folder, base, lora_values, trained, mesh):
-    if not pathlib.Path(base["path"]).is_dir():
+    if not _is_folder(base["path"]):
         raise CheckpointFormatError(
             f"the adapters of {folder} stand on {base['path']}, which is no folder "
             f"here. Put the base back there."
         )
-    if _hash(pathlib.Path(base["path"])) != base["hash"]:
+    if _hash(base["path"]) != base["hash"]:
         raise CheckpointFormatError(
             f"the adapters of {folder} stand on {base['path']}, which has changed: its "
             f"hash is not {base['hash']}."

@@ -8,13 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+import object_store
 import tiny_stage
 from experiments.worlds import instructions
 from pref_jax import model_folders
 from pref_jax.models import decoder, lora, pretrained
 from pref_jax.models.pretrained import CheckpointFormatError
-from pref_jax.train import sharding
+from pref_jax.train import sharding, storage
 from pref_jax.train.checkpoint import PreemptionGuard
 from scripts import convert_checkpoint
 
@@ -225,6 +227,30 @@ def test_what_is_no_model_says_what_would_be_one(made, tmp_path):
         CheckpointFormatError, match="names the base 'x/y', which is no"
     ):
         model_folders.load(tmp_path)
+
+
+def test_checkpoints_and_adapters_are_read_from_a_bucket(made, tmp_path, monkeypatch):
+    object_store.install(monkeypatch)
+    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path))
+    base, adapter = "gs://bucket/models/base", "gs://bucket/models/adapter"
+    _, trained = lora.split(made.params, LORA, jax.random.key(0))
+    for name, path in (("here", made.base), ("there", base)):
+        lora.save_peft(
+            tmp_path / name, trained, LORA, CONFIG, base=path, family="llama"
+        )
+    for remote, folder in ((base, made.base), (adapter, tmp_path / "there")):
+        for file in folder.iterdir():
+            (epath.Path(remote) / file.name).write_bytes(file.read_bytes())
+
+    config = model_folders.load_config(base)
+    assert config == model_folders.load_config(str(made.base))
+    copied = {path.suffix for path in (tmp_path / "bucket/models/base").iterdir()}
+    assert ".json" in copied and ".safetensors" not in copied
+    same(model_folders.load(base)[1], made.params)
+    same(model_folders.load(adapter)[1], model_folders.load(tmp_path / "here")[1])
+    assert model_folders.tokenizer_folder(adapter).startswith(str(tmp_path))
+    identity = model_folders.base_identity(base)
+    assert identity == model_folders.base_identity(str(made.base)) | {"path": base}
 
 
 # --- conversion -----------------------------------------------------------------------

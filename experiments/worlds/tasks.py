@@ -20,6 +20,7 @@ from experiments.worlds.pipeline import (
 )
 from pref_jax import model_folders
 from pref_jax.data import readers, records, sources, templates, token_cache
+from pref_jax.train import storage
 from pref_jax.types import CHOSEN, TokenGroup
 
 
@@ -32,7 +33,8 @@ class Task:
       vocab_size: of a fresh decoder, so that every id has an embedding.
       documents: training and held-out text to pre-train on; None: nothing is.
       demonstrations: training and held-out groups, K = 1.
-      pairs: training and held-out groups, K = 2; None: sampled for `pair_prompts`.
+      pairs: training and held-out groups of responses that are compared, K = 2 or, of
+        lists, more; None: sampled for `pair_prompts`.
       pair_prompts: training and held-out prompts.
       eval_prompts: prompts of the final evaluation.
       heldout_fields: name -> a value for each `record` number of the held-out pairs,
@@ -128,11 +130,13 @@ def own_task(
     long_groups: str,
     cache: str,
     samples_pairs: bool = True,
+    takes_lists: bool = False,
 ) -> Task:
     """Your own files, tokenizer and grade in the place of the world's.
 
     Args:
-      data: sources of pairs or demonstrations, as `readers.read` takes them.
+      data: sources of pairs or demonstrations, as `readers.read` takes them, or on
+        `gs://`; so may be `heldout`, `tokenizer` and `model`.
       weights: share of each source in training; none: by its size.
       rename: {field of the rows: name of the schema}.
       split: of a tfds source.
@@ -148,13 +152,15 @@ def own_task(
       cache: folder of what was tokenised.
       samples_pairs: whether demonstrations are of use only with a grade, because pairs
         are then sampled.
+      takes_lists: whether more than two responses a row are of use.
 
     Raises:
-      ValueError: the files hold neither pairs nor demonstrations, a split is empty,
+      ValueError: the files hold neither pairs nor demonstrations (nor, if they are
+        taken, lists of one size), a split is empty,
         demonstrations come without a grade, or the grade is no finite number.
     """
     loaded = templates.load_tokenizer(
-        tokenizer or model_folders.tokenizer_folder(model)
+        storage.fetch(tokenizer) if tokenizer else model_folders.tokenizer_folder(model)
     )
     most = None
     if model is not None:
@@ -162,7 +168,11 @@ def own_task(
         most = config.max_positions
         templates.check_vocabulary(loaded, config.vocab_size)
     encoder = templates.TextEncoder(loaded)
-    read = functools.partial(readers.read, on_error=on_error, rename=rename)
+
+    def read(source, **options):
+        here = storage.fetch(source)
+        return readers.read(here, on_error=on_error, rename=rename, **options)
+
     found = [read(source, split=split) for source in data]
     if heldout is None:
         everything = found
@@ -174,16 +184,20 @@ def own_task(
     # Their numbers lead to their fields, whichever source they are of.
     evaluation = [dataclasses.replace(r, row=i) for i, r in enumerate(evaluation)]
     sizes = {part.num_responses for part in everything}
-    if sizes not in ({1}, {2}) or not all(training) or not evaluation:
+    wanted = "pairs (or lists of one size) or demonstrations"
+    if not takes_lists:
+        wanted = "pairs or demonstrations"
+    fits = len(sizes) == 1 and (takes_lists or max(sizes) <= 2)
+    if not fits or not all(training) or not evaluation:
         raise ValueError(
             f"{', '.join(part.source for part in everything)}: "
             f"{' and '.join(map(str, sorted(sizes)))} responses a row, "
             f"{sum(map(len, training))} training and {len(evaluation)} held-out rows. "
-            f"This experiment takes pairs or demonstrations, not both, and some of "
-            f"both splits; give --heldout FILE if a tenth of the prompts is too few."
+            f"This experiment takes {wanted}, not both, and some of both splits; give "
+            f"--heldout FILE if a tenth of the prompts is too few."
         )
-    is_pairs = sizes == {2}
-    if not is_pairs and grade is None and samples_pairs:
+    compares = sizes != {1}
+    if not compares and grade is None and samples_pairs:
         raise ValueError(
             f"{', '.join(data)} holds demonstrations, so pairs have to be sampled and "
             f"graded: give --grade module:function, or a file of pairs."
@@ -225,7 +239,7 @@ def own_task(
         vocab_size=len(loaded),
         documents=None,
         demonstrations=tuple(only_responses(CHOSEN, part) for part in groups),
-        pairs=groups if is_pairs else None,
+        pairs=groups if compares else None,
         pair_prompts=tuple(prompts),
         eval_prompts=prompts[1][:num_eval_prompts],
         grade=grade_parts,

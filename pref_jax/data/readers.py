@@ -99,6 +99,13 @@ def read(
             f"split={split!r} with {_named(source)}. Leave it out."
         )
     if isinstance(source, str | os.PathLike):
+        if "://" in os.fspath(source):
+            raise RecordError(
+                os.fspath(source),
+                "lies in an object store, and files are read from a disk. Copy it "
+                "there first; `pref_jax.train.storage.fetch` does that, and so do the "
+                "experiments.",
+            )
         return _read_files(Path(source), on_error, rename)
     return _read_objects(source, "rows", on_error, rename)
 

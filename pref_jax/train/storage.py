@@ -1,25 +1,38 @@
-"""Run folders on a disk or in an object store: what differs between the two.
+"""Folders on a disk or in an object store: what differs between the two.
 
 A path that begins with `gs://` lies on Google Cloud Storage. There are no folders
 there, only objects with slashes in their names; an object is written whole in one
 request, and can be neither appended to nor renamed. What grows while a run goes on is
-therefore written to a local folder first, and `Mirror` copies it up.
+therefore written to a local folder first, and `Mirror` copies it up. What is read by
+position, such as data and the files of a model, is copied down first, by `fetch`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import fcntl
+import glob
 import importlib.util
+import json
 import logging
 import os
 import pathlib
 import shutil
 import tempfile
 import threading
+from collections.abc import Sequence
 
 from etils import epath
 
 MIRROR_SECONDS = 30.0
 """How often a `Mirror` copies what has changed."""
+
+CACHE_VARIABLE = "PREF_JAX_CACHE"
+"""Environment variable: the folder of what `fetch` copied, ~/.cache/pref_jax if unset.
+"""
+
+_AT_ONCE = 8  # files that are copied side by side
+_CHUNK = 1 << 24  # bytes of a copied file that are held
 
 _logger = logging.getLogger(__name__)
 
@@ -51,8 +64,8 @@ def as_folder(path: str | os.PathLike) -> epath.Path:
         return epath.Path(path)
     if not path.startswith("gs://"):
         raise ValueError(
-            f"a run folder lies on a disk or on gs://; got {path!r}. Give a path that "
-            f"begins with gs://, or mount the store as a folder."
+            f"files lie on a disk or on gs://; got {path!r}. Give a path that begins "
+            f"with gs://, or mount the store as a folder."
         )
     _check_installed(path)
     import fsspec.config
@@ -91,6 +104,110 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def fetch(path: str | os.PathLike, *, patterns: Sequence[str] = ("*",)) -> str:
+    """A path on this disk: what lies in a bucket is copied to it first, once a host.
+
+    The copy lies in the folder of `CACHE_VARIABLE`. A file is copied again when its
+    size or time in the bucket has changed, and removed when it is no longer there.
+    Processes of one host wait for the first of them.
+
+    Args:
+      path: of a file, a folder, or a pattern with `*` (and no `**`); on a disk it is
+        returned as it is.
+      patterns: of the names of the files that are wanted of a folder. What lies in
+        folders inside it is not copied.
+
+    Raises:
+      ValueError: nothing is there, the disk is too full, or the pattern has a `**`.
+      ImportError: as `as_folder`.
+
+    >>> fetch("pairs.jsonl")
+    'pairs.jsonl'
+    """
+    path = os.fspath(path)
+    if not is_object_store(path):
+        return path
+    names = path.removeprefix("gs://").strip("/").split("/")  # the bucket is the first
+    fixed = [not glob.has_magic(name) for name in names]
+    num_fixed = fixed.index(False) if False in fixed else len(names)
+    pattern = "/".join(names[num_fixed:])
+    if "**" in pattern:
+        raise ValueError(
+            f"{path}: a bucket is not searched through and through; write each level "
+            f"as `*`."
+        )
+    if pattern:
+        patterns = (pattern,)
+    remote = as_folder("gs://" + "/".join(names[:num_fixed]))
+    root = os.environ.get(CACHE_VARIABLE, "~/.cache/pref_jax")
+    local = pathlib.Path(root).expanduser().joinpath(*names[:num_fixed])
+    if remote.is_dir():
+        found = _matching(remote, patterns)
+    else:
+        found = {"": remote} if remote.is_file() else {}
+    if not found:
+        raise ValueError(
+            f"{path}: there is no such file or folder in the bucket, or nothing in it "
+            f"that is named {', '.join(patterns)}. Give an object, a folder of objects "
+            f"or a pattern that matches some."
+        )
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with (local.parent / f".{local.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _copy_changed(found, local, patterns)
+    return str(local / pattern)
+
+
+def _matching(folder, patterns: Sequence[str]) -> dict:
+    """The files of a folder by their path inside it."""
+    matches = (match for pattern in patterns for match in folder.glob(pattern))
+    return {
+        match.relative_to(folder).as_posix(): match
+        for match in matches
+        if match.is_file()
+    }
+
+
+def _copy_changed(found: dict, local: pathlib.Path, patterns: Sequence[str]) -> None:
+    """Make the files of `local` those that were found in the bucket."""
+    note = local.parent / f".{local.name}.json"  # file -> [size, time] in the bucket
+    copied = json.loads(note.read_text()) if note.is_file() else {}
+    stats = {name: file.stat() for name, file in found.items()}
+    states = {name: [stat.length, stat.mtime] for name, stat in stats.items()}
+    changed = [
+        name
+        for name, state in states.items()
+        if copied.get(name) != state or not (local / name).is_file()
+    ]
+    if local.is_dir():
+        for name, file in _matching(local, patterns).items():
+            if name not in found:
+                file.unlink()
+    if not changed:
+        return
+    needed = sum(states[name][0] for name in changed)
+    free = shutil.disk_usage(local.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{needed / 1e9:.1f} GB are to be copied to {local}, and its disk has "
+            f"{free / 1e9:.1f} GB left. Set {CACHE_VARIABLE} to a folder on a larger "
+            f"one, or mount the bucket as a folder and give that."
+        )
+    _logger.info("copying %d files, %.2f GB, to %s", len(changed), needed / 1e9, local)
+
+    def copy(name):
+        target = local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        with found[name].open("rb") as source, temporary.open("wb") as file:
+            shutil.copyfileobj(source, file, _CHUNK)
+        temporary.replace(target)
+
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(copy, changed))
+    write_text(note, json.dumps(copied | states))
 
 
 class Mirror:

@@ -81,7 +81,7 @@ def free_port():
 
 
 def environment(**more):
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "tests/train"))
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "tests", "tests/train"))
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | more
 
 
@@ -290,3 +290,46 @@ def test_two_processes_share_a_bucket(emulated):
             holder.send_signal(signal.SIGKILL)
     message = f"run {root}/001 is in use by another process."
     assert found[0] == found[1] == [["RunFolderError", message]]
+
+
+MODELS = """
+import dataclasses, tempfile
+import jax, numpy as np
+import tiny_stage
+from pref_jax import model_folders
+from pref_jax.models import decoder, pretrained
+from pref_jax.train import sharding
+from pref_jax.train.checkpoint import PreemptionGuard
+config = decoder.from_description(json.loads(tiny_stage.MODEL.description)["decoder"])
+params = jax.device_get(tiny_stage.make_params())
+folder = pathlib.Path(tempfile.mkdtemp()) / "base"
+pretrained.save(folder, config, params)
+for file in folder.iterdir():
+    (epath.Path(root) / "base" / file.name).write_bytes(file.read_bytes())
+loop = dataclasses.replace(tiny_stage.CONFIG.loop, num_steps=3, checkpoint_every=3)
+with PreemptionGuard() as guard:
+    trained, _ = tiny_stage.train(
+        epath.Path(root) / "run" / "full",
+        mesh=sharding.make_mesh(),
+        guard=guard,
+        config=dataclasses.replace(tiny_stage.CONFIG, loop=loop),
+    )
+def same(path, expected):
+    loaded = model_folders.load(path)[1]
+    pairs = zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True)
+    return all(bool((a == b).all()) for a, b in pairs)
+show(same(f"{root}/base", params), same(f"{root}/run/full", trained))
+show(model_folders.base_identity(f"{root}/run/full")["path"])
+def copied():
+    cache = pathlib.Path(os.environ["PREF_JAX_CACHE"])
+    return [path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")]
+before = copied()
+model_folders.load(f"{root}/base")
+show(len(before), copied() == before)
+"""
+
+
+def test_models_are_read_from_the_bucket(emulated, tmp_path):
+    root = "gs://bucket/models"
+    process = start(emulated, MODELS, root, PREF_JAX_CACHE=str(tmp_path))
+    assert answers(process) == [[True, True], [f"{root}/run/full"], [1, True]]

@@ -9,7 +9,14 @@ import pytest
 from etils import epath
 
 import object_store
-from pref_jax.train.storage import Mirror, as_folder, is_object_store, write_text
+from pref_jax.train import storage
+from pref_jax.train.storage import (
+    Mirror,
+    as_folder,
+    fetch,
+    is_object_store,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -133,3 +140,103 @@ def test_a_file_is_not_read_while_it_is_written(bucket):
             (mirror.folder / "a").write_text("1 2 3")
         copier.join()
         assert (remote / "a").read_text() == "1 2 3"
+
+
+# --- copies of what lies in a bucket --------------------------------------------------
+
+
+@pytest.fixture
+def cache(bucket, monkeypatch, tmp_path):
+    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def put(**files):
+    """Objects of gs://bucket/data by name; `__` is a dot and `_` a slash."""
+    for name, text in files.items():
+        path = name.replace("__", ".").replace("_", "/")
+        epath.Path(f"gs://bucket/data/{path}").write_bytes(text.encode())
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in files
+        if not path.name.startswith(".")
+    }
+
+
+def test_a_folder_is_copied_once_and_then_what_has_changed(cache, caplog):
+    caplog.set_level("INFO", "pref_jax")
+    put(a__json="one", b__bin="weights", c__json="three", deep_a__json="inside")
+    patterns = ("*.json", "*.txt")
+    folder = fetch("gs://bucket/data/", patterns=patterns)
+    assert folder == str(cache / "bucket" / "data")
+    assert contents(cache) == {
+        "bucket/data/a.json": "one",
+        "bucket/data/c.json": "three",
+    }
+    assert "copying 2 files" in caplog.text
+    caplog.clear()
+    fetch("gs://bucket/data", patterns=patterns)
+    assert caplog.text == ""
+    put(a__json="once more")
+    epath.Path("gs://bucket/data/c.json").unlink()
+    fetch("gs://bucket/data", patterns=patterns)
+    assert "copying 1 files" in caplog.text
+    assert contents(cache) == {"bucket/data/a.json": "once more"}
+
+
+def test_a_file_that_was_deleted_here_is_copied_again(cache):
+    put(a__json="one")
+    for _ in range(2):
+        path = fetch("gs://bucket/data/a.json")
+        with open(path) as file:
+            assert file.read() == "one"
+        (cache / "bucket" / "data" / "a.json").unlink()
+
+
+def test_a_pattern_comes_back_as_a_pattern_of_the_copies(cache):
+    put(x_a__jsonl="one", x_y_b__jsonl="two", x_note__txt="other")
+    found = fetch("gs://bucket/data/*/y/*.jsonl")
+    assert found == str(cache / "bucket/data/*/y/*.jsonl")
+    assert contents(cache / "bucket/data") == {"x/y/b.jsonl": "two"}
+    fetch("gs://bucket/data/x/a*")
+    assert contents(cache / "bucket/data") == {
+        "x/a.jsonl": "one",
+        "x/y/b.jsonl": "two",
+    }
+
+
+def test_a_bucket_is_not_searched_through_and_through(cache):
+    with pytest.raises(ValueError, match="write each level as `\\*`"):
+        fetch("gs://bucket/data/**/*.jsonl")
+
+
+def test_a_copy_that_fails_leaves_nothing_that_looks_whole(cache, monkeypatch):
+    put(a__json="one")
+
+    def fail(source, file, chunk):
+        file.write(b"on")
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(storage.shutil, "copyfileobj", fail)
+        with pytest.raises(OSError, match="connection lost"):
+            fetch("gs://bucket/data")
+    assert contents(cache) == {}
+    fetch("gs://bucket/data")
+    assert contents(cache) == {"bucket/data/a.json": "one"}
+
+
+def test_what_is_not_there_or_does_not_fit_is_an_error(cache, monkeypatch):
+    with pytest.raises(ValueError, match="gs://bucket/none: there is no such file or"):
+        fetch("gs://bucket/none")
+    put(a__json="one")
+    with pytest.raises(ValueError, match=r"or nothing in it that is named \*\.safeten"):
+        fetch("gs://bucket/data", patterns=("*.safetensors",))
+    usage = shutil.disk_usage(".")._replace(free=2)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="disk has 0.0 GB left. Set PREF_JAX_CACHE"):
+        fetch("gs://bucket/data")
