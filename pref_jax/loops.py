@@ -22,12 +22,32 @@ def loop_at_most(most: int, turns, body, carry):
     >>> int(loop_at_most(9, jax.numpy.int32(3), lambda n, total: total + n, 0))
     3
     """
-    with jax.named_scope(f"at_most_{most}_turns"):
+    with _at_most(most):
         return jax.lax.fori_loop(0, turns, body, carry)
 
 
+def while_at_most(most: int, condition, body, carry):
+    """`jax.lax.while_loop` that ends after `most` turns at the latest.
+
+    Args:
+      most: bound of its turns, which `condition` sees to; said as in `loop_at_most`.
+      condition: carry -> bool[].
+      body: carry -> carry.
+      carry: what the loop starts with.
+
+    >>> int(while_at_most(9, lambda n: n < 3, lambda n: n + 1, 0))
+    3
+    """
+    with _at_most(most):
+        return jax.lax.while_loop(condition, body, carry)
+
+
+def _at_most(turns: int):
+    return jax.named_scope(f"at_most_{turns}_turns")
+
+
 def most_turns(scope: str) -> int | None:
-    """The bound of a loop of `loop_at_most` by the name of its scope, else None.
+    """The bound of a loop of this module by the name of its scope, else None.
 
     Args:
       scope: of the loop itself, as a jaxpr or a compiled program has it.

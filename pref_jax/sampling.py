@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pref_jax.axes import constrain, gather_all, whole
+from pref_jax.loops import while_at_most
 from pref_jax.numerics import soft_cap
 from pref_jax.types import Model
 
@@ -188,7 +189,9 @@ def make_sampler(
 
         first = jnp.broadcast_to(last, shape[:2])
         carry = (jnp.zeros((), jnp.int32), first, cache, samples)
-        return whole(jax.lax.while_loop(unfinished, one_token, carry)[-1])
+        return whole(
+            while_at_most(config.max_new_tokens, unfinished, one_token, carry)[-1]
+        )
 
     longest = model.max_positions
     return Sampler(

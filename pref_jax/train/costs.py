@@ -43,8 +43,6 @@ class Program:
         closed formula: forward and backward, each prompt once, logits at scored
         positions only, nothing computed twice.
       formula: that formula in words.
-      while_turns: most turns of its `while_loop`s, which say so nowhere themselves;
-        None: it has none with matrix products.
     """
 
     name: str
@@ -52,7 +50,6 @@ class Program:
     arguments: tuple
     useful_flops: float
     formula: str
-    while_turns: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,25 +106,24 @@ class Costs:
         return dict(totals.most_common())
 
 
-def count_flops(jaxpr, *, while_turns: int | None = None) -> float:
+def count_flops(jaxpr) -> float:
     """Flops of all matrix products and convolutions, 2 for each multiply-add.
 
     Products whose result nobody needs are left out first, as the compiler does. A
     `scan` counts its body as often as it turns, `cond` and `switch` their most
-    expensive branch, `shard_map` its body on every device, a Pallas kernel its body at
-    every point of its grid; what is rematerialised counts again.
+    expensive branch, a loop of `pref_jax.loops` its body as often as it turns at most,
+    `shard_map` its body on every device, a Pallas kernel its body at every point of its
+    grid; what is rematerialised counts again.
 
     Args:
       jaxpr: such as `jax.jit(f).trace(*arguments).jaxpr`.
-      while_turns: of a `while_loop` that does not say how often it turns at most
-        (`loops.loop_at_most`); None: one with products is an error.
 
     Returns:
       Flops over all devices.
 
     Raises:
-      ValueError: a product that cannot be counted: one inside a `while_loop`, whose
-        number of turns is not known, or of a kind that is not counted here.
+      ValueError: a product that cannot be counted: one inside another `while_loop`,
+        whose number of turns is not known, or of a kind that is not counted here.
 
     >>> import jax.numpy as jnp
     >>> shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -136,17 +132,17 @@ def count_flops(jaxpr, *, while_turns: int | None = None) -> float:
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return float(_flops(needed, while_turns))
+    return float(_flops(needed))
 
 
 _NOT_COUNTED = ("ragged_dot", "ragged_dot_general", "scaled_matmul")
 
 
-def _flops(jaxpr, turns) -> float:
-    return sum(_equation_flops(equation, turns) for equation in jaxpr.eqns)
+def _flops(jaxpr) -> float:
+    return sum(map(_equation_flops, jaxpr.eqns))
 
 
-def _equation_flops(equation, turns) -> float:
+def _equation_flops(equation) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         left = equation.invars[0].aval.shape
@@ -163,19 +159,19 @@ def _equation_flops(equation, turns) -> float:
             f"`count_flops` does not count {name}; write the product as a dot_general, "
             f"or add its formula."
         )
-    inside = [_flops(inner, turns) for inner in _inner_jaxprs(params.values())]
+    inside = [_flops(inner) for inner in _inner_jaxprs(params.values())]
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "cond":
         return max(inside)
     if name == "while":
-        turns = most_turns(str(equation.source_info.name_stack)) or turns
+        turns = most_turns(str(equation.source_info.name_stack))
         if any(inside) and turns is None:
             raise ValueError(
                 "`count_flops` cannot count the matrix products inside a while_loop, "
-                "whose number of turns is not known; use lax.scan, or lax.fori_loop "
-                "with constant bounds, or pref_jax.loops.loop_at_most, or say how "
-                "often with `while_turns`."
+                "whose number of turns is not known; use lax.scan, lax.fori_loop with "
+                "constant bounds, or a loop of pref_jax.loops, which says how often it "
+                "turns at most."
             )
         return (turns or 0) * sum(inside)
     if name == "shard_map":
@@ -231,13 +227,12 @@ def measure(program: Program, mesh: Mesh) -> Costs:
         ) from error
     seconds = time.perf_counter() - begin
     found, text = compiled.memory_analysis(), compiled.as_text()
-    turns = {"unknown_turns": program.while_turns or 1}
     return Costs(
         name=program.name,
         num_chips=mesh.devices.size,
         useful_flops=program.useful_flops,
         formula=program.formula,
-        flops=count_flops(traced.jaxpr, while_turns=program.while_turns),
+        flops=count_flops(traced.jaxpr),
         memory=Memory(
             arguments=found.argument_size_in_bytes,
             outputs=found.output_size_in_bytes,
@@ -245,8 +240,8 @@ def measure(program: Program, mesh: Mesh) -> Costs:
             temporaries=found.temp_size_in_bytes,
             code=found.generated_code_size_in_bytes,
         ),
-        hbm_bytes=bytes_accessed(text, **turns),
-        collectives=tuple(collectives(text, mesh, **turns)),
+        hbm_bytes=bytes_accessed(text),
+        collectives=tuple(collectives(text, mesh)),
         unknown_loops=tuple(unknown_loops(text)),
         compile_seconds=seconds,
     )

@@ -407,16 +407,16 @@ def _describe(
     return kind, _axes_of(groups, mesh), n, num_bytes
 
 
-def collectives(hlo_text: str, mesh, *, unknown_turns: int = 1) -> list[Collective]:
+def collectives(hlo_text: str, mesh) -> list[Collective]:
     """Every collective of an optimised program, in the order of the text.
 
     Asynchronous ones count once, where they start. Of a conditional, only the branch
-    that sends most is listed.
+    that sends most is listed. A loop that the text gives no number of turns for is
+    taken once (`unknown_loops`).
 
     Args:
       hlo_text: `compiled.as_text()`.
       mesh: `jax.sharding.Mesh` that the program was compiled for.
-      unknown_turns: of a loop whose number of turns the text does not tell.
 
     Raises:
       ValueError: not the text of a program, or replica groups of an unknown spelling.
@@ -448,7 +448,7 @@ def collectives(hlo_text: str, mesh, *, unknown_turns: int = 1) -> list[Collecti
                     )
             elif instruction.opcode == "while":
                 trips = program.trips(computation, instruction)
-                turns = executions * _turns(trips, instruction, unknown_turns)
+                turns = executions * (_turns(trips, instruction) or 1)
                 exact = is_exact and trips is not None
                 for part in ("condition", "body"):
                     inside = (turns, exact, (*loops, here), here)
@@ -475,7 +475,7 @@ def unknown_loops(hlo_text: str) -> list[str]:
         for computation in program.computations.values()
         for instruction in computation.instructions.values()
         if instruction.opcode == "while"
-        and _turns(program.trips(computation, instruction), instruction, None) is None
+        and _turns(program.trips(computation, instruction), instruction) is None
     ]
 
 
@@ -509,11 +509,9 @@ def kernel_scopes(hlo_text: str) -> dict[str, str]:
     return found
 
 
-def _turns(trips: int | None, loop: _Instruction, unknown_turns: int | None):
-    """How often a loop turns: what the text tells, or at most, or what is assumed."""
-    if trips is not None:
-        return trips
-    return most_turns(loop.op_name) or unknown_turns
+def _turns(trips: int | None, loop: _Instruction) -> int | None:
+    """How often a loop turns: what the text tells, or at most, or None."""
+    return most_turns(loop.op_name) if trips is None else trips
 
 
 def _called(instruction: _Instruction) -> str | None:
@@ -575,18 +573,16 @@ _FREE = {
 }
 
 
-def bytes_accessed(hlo_text: str, *, unknown_turns: int = 1) -> float:
+def bytes_accessed(hlo_text: str) -> float:
     """Bytes that one chip reads from and writes to HBM in one call: an estimate.
 
     Each kernel reads its operands once and writes its result once, loop bodies as often
-    as they turn (`unknown_turns`, where the text does not tell); of a conditional, the
-    branch that accesses most. What is sliced out of an array or updated in place counts
-    with the size of the slice, and what the TPU compiler keeps in fast memory not at
-    all.
+    as they turn (once, where the text does not tell); of a conditional, the branch that
+    accesses most. What is sliced out of an array or updated in place counts with the
+    size of the slice, and what the TPU compiler keeps in fast memory not at all.
 
     Args:
       hlo_text: `compiled.as_text()`.
-      unknown_turns: as in `collectives`.
     """
     program = _Program(hlo_text)
 
@@ -600,7 +596,7 @@ def bytes_accessed(hlo_text: str, *, unknown_turns: int = 1) -> float:
         opcode = instruction.opcode
         if opcode == "while":
             trips = program.trips(computation, instruction)
-            turns = _turns(trips, instruction, unknown_turns)
+            turns = _turns(trips, instruction) or 1
             return turns * of_computation(instruction.called("body"))
         if opcode == "conditional":
             return max(of_computation(branch) for branch in instruction.branches)
