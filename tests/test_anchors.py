@@ -180,6 +180,8 @@ def test_a_moving_anchor_takes_no_stored_logps_and_needs_parameters(name):
     message = f"`anchors.{name}` needs anchor parameters to start from; got none"
     with pytest.raises(ValueError, match=message):
         MOVING[name].scores("model", (), batch(), POLICY)
+    with pytest.raises(ValueError, match=message):
+        MOVING[name].refresh({"x": jnp.asarray(-3.0)}, 1, ())
 
 
 @pytest.mark.parametrize("make", [anchors.snapshot, anchors.ema, anchors.fused])

@@ -576,6 +576,17 @@ def test_every_mesh_gives_the_values_of_one_device(sizes, on_one_device):
     )
 
 
+def test_a_vocabulary_that_the_devices_cannot_split_is_scored_whole():
+    states = sharded_states(vocabulary=41)
+    with jax.set_mesh(sharding.make_mesh(tensor=2)):
+        got = jax.jit(scoring_gradient)(*states)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        jax.device_get(got),
+        jax.jit(scoring_gradient)(*states),
+    )
+
+
 def test_rows_that_the_devices_cannot_share_are_scored_too(states):
     with jax.set_mesh(sharding.make_mesh()):
         got = jax.jit(logps.token_stats)(*states)["logp"]
@@ -708,6 +719,24 @@ def test_token_kl_is_that_of_capped_logits():
     got = logps.token_kl(model, params, batch, anchor_params=anchor_params)
     capped = [oracles.soft_cap(x, 2.0) for x in ([1.0, 4.0], [1.0, 1.0])]
     expected = oracles.kl_divergence(*capped)
+    np.testing.assert_allclose(got, np.where(batch.loss_mask, expected, 0), rtol=1e-5)
+
+
+def test_token_kl_of_a_split_vocabulary_is_that_of_one_device():
+    """The highest logits of the two parts are far apart."""
+    batch = fixtures.pack_all(fixtures.random_groups(0, 2, 2, vocab_size=1), 40)
+    params = jnp.array([[1.0], [-2.0], [4.0], [3.0]])
+    anchor_params = jnp.array([[1.0], [5.0], [-1.0], [0.0]])
+
+    def token_kl(params, anchor_params):
+        return logps.token_kl(
+            Bigram(4), params, batch, anchor_params=anchor_params, chunk=1
+        )
+
+    with jax.set_mesh(sharding.make_mesh(tensor=2)):
+        got = jax.jit(token_kl)(params, anchor_params)
+    logits = [np.ravel(x) * float(x[0, 0]) for x in (params, anchor_params)]
+    expected = oracles.kl_divergence(*logits)
     np.testing.assert_allclose(got, np.where(batch.loss_mask, expected, 0), rtol=1e-5)
 
 
