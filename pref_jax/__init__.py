@@ -29,6 +29,7 @@ _NAMES = {
         "wpo_weights",
     ),
     "rewards": (
+        "adaptive_beta",
         "alpha_divergence_reward",
         "denoising_error",
         "denoising_reward",

@@ -188,6 +188,65 @@ def alpha_divergence_reward(
     return beta * (exp_or_tangent((alpha - 1) * ratio) - 1) / (alpha - 1)
 
 
+def adaptive_beta(
+    entropy_share,
+    quality,
+    *,
+    beta: float,
+    entropy_weight: float,
+    quality_weight: float,
+    low: float = 0.1,
+    high: float = 5.0,
+):
+    """beta of each prompt: less where the policy is unsure, or its responses are poor.
+
+        tau = (1 + a H + b (1 - H) (1 - R)) / beta,  cut to [low, high]
+        a = `entropy_weight`, b = `quality_weight`; returns 1 / tau
+
+    A larger tau makes the gradient smaller, and moves the optimum away from the anchor.
+
+    Source: a text of ADPO's author later than arXiv:2510.18913v6, and his TRL trainer,
+    whose cut this is (the equation's number is not verified).
+    Convention: R is the caller's. The trainer scales the mean reward of a group by the
+    least and the most of the batch, which makes a prompt's loss depend on the others.
+    Checked: one source, the equation as quoted.
+
+    Args:
+      entropy_share: f32[...], H: mean entropy of a token over log V, in [0, 1].
+      quality: as `entropy_share`: R, in [0, 1].
+      beta: reward per nat where both terms are 0, positive.
+      entropy_weight: 0 or more.
+      quality_weight: 0 or more.
+      low: least tau, positive.
+      high: largest tau, at least `low`.
+
+    Returns:
+      f32[...], without gradient.
+
+    Raises:
+      ValueError: the shapes differ, or a number is out of range.
+      TypeError: an argument is not floating-point.
+
+    >>> import jax.numpy as jnp
+    >>> entropy_share, quality = jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])
+    >>> adaptive_beta(entropy_share, quality, beta=1.0, entropy_weight=1.0,
+    ...               quality_weight=0.5).tolist()
+    [1.0, 0.5]
+    """
+    checks.check_positive("beta", beta)
+    checks.check_positive("low", low)
+    checks.check_not_negative("entropy_weight", entropy_weight)
+    checks.check_not_negative("quality_weight", quality_weight)
+    checks.check_range("high", high, low=low, high=math.inf, why="not below `low`")
+    for name, array in (("entropy_share", entropy_share), ("quality", quality)):
+        checks.check_floating(name, array)
+    checks.check_same_shape("quality", quality, like=entropy_share, of="entropy_share")
+    unsure = at_least_float32(jax.lax.stop_gradient(entropy_share))
+    poor = 1 - at_least_float32(jax.lax.stop_gradient(quality))
+    tau = (1 + entropy_weight * unsure + quality_weight * (1 - unsure) * poor) / beta
+    return 1 / jnp.clip(tau, low, high)
+
+
 def step_rewards(token_rewards, *, step_ids, num_steps: int, where=None):
     """The reward of each step of a response: the sum over its tokens.
 

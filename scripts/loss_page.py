@@ -42,6 +42,7 @@ PARTS = {
             "forward_kl_reward",
             "jensen_shannon_reward",
             "alpha_divergence_reward",
+            "adaptive_beta",
             "step_rewards",
             "denoising_error",
             "denoising_reward",

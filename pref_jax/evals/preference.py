@@ -71,6 +71,9 @@ class LengthControlled(NamedTuple):
     scale: float
 
 
+_DRAWN_AT_ONCE = 2**20  # numbers of a bootstrap that are held
+
+
 def bootstrap_interval(
     values,
     *,
@@ -96,10 +99,12 @@ def bootstrap_interval(
     """
     values = _one_a_prompt("values", values)
     rng = np.random.default_rng(seed)
-    means = np.array(
+    at_once = max(1, _DRAWN_AT_ONCE // values.size)
+    means = np.concatenate(
         [
-            values[rng.integers(0, values.size, values.size)].mean()
-            for _ in range(num_resamples)
+            values[rng.integers(0, values.size, (number, values.size))].mean(-1)
+            for start in range(0, num_resamples, at_once)
+            for number in [min(at_once, num_resamples - start)]
         ]
     )
     tail = (1 - confidence) / 2

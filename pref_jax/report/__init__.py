@@ -34,6 +34,8 @@ from pref_jax.report.page import write_report
 from pref_jax.report.parts import (
     Card,
     Column,
+    Comparison,
+    Comparisons,
     Config,
     Curves,
     Estimate,
@@ -54,6 +56,8 @@ from pref_jax.report.parts import (
 __all__ = [
     "Card",
     "Column",
+    "Comparison",
+    "Comparisons",
     "Config",
     "Curves",
     "Estimate",

@@ -15,6 +15,7 @@ from pref_jax.report.parts import (
     Card,
     Cell,
     Column,
+    Comparison,
     Estimate,
     Histogram,
     NotRun,
@@ -44,7 +45,7 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
     numbers = collections.Counter()
     for section in report.sections:
         kind = type(section).__name__
-        noun = {"Curves": "Figure", "Histogram": "Figure"}.get(kind, kind)
+        noun = "Figure" if kind in ("Curves", "Comparisons", "Histogram") else kind
         numbers[noun] += 1
         sections.append((kind, f"{noun} {numbers[noun]}", section))
     styles = plots.line_styles(report)
@@ -114,8 +115,14 @@ def _fact(name: str, value: object) -> str:
     return value if isinstance(value, str) else json.dumps(to_json(value))
 
 
-def _described(panel: Panel | Histogram) -> str:
+def _described(panel: Panel | Comparison | Histogram) -> str:
     """What a plot shows, in words, for readers who hear the page."""
+    if isinstance(panel, Comparison):
+        shown = (
+            f"{name}: {_number(e.mean, 3)} [{_number(e.low, 3)}, {_number(e.high, 3)}]."
+            for name, e in panel.estimates.items()
+        )
+        return " ".join([f"{panel.title}, {panel.x_label}.", *shown])
     if isinstance(panel, Histogram):
         bins = f"{len(panel.edges) - 1} bins of {panel.x_label}"
         return f"Histogram of {bins} for {', '.join(panel.counts)}."

@@ -176,6 +176,33 @@ class Curves(_Node):
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison(_Node):
+    """One pair of axes with a point and its interval for each name, from the top.
+
+    Attributes:
+      title: heading of the panel.
+      x_label: the quantity, with its unit.
+      estimates: name -> number and interval. A non-finite one is not drawn, and the
+        page says so.
+      marked: a number that is drawn as a line to compare with, such as chance; or None.
+    """
+
+    title: str
+    x_label: str
+    estimates: dict[str, Estimate]
+    marked: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparisons(_Node):
+    """Panels of estimates side by side."""
+
+    title: str
+    panels: tuple[Comparison, ...]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Histogram(_Node):
     """Counts in bins that several series share, as `np.histogram` returns them.
 
@@ -251,7 +278,7 @@ class Config(_Node):
     values: dict[str, object]
 
 
-Section = Text | Table | Curves | Histogram | Samples | Config
+Section = Text | Table | Curves | Comparisons | Histogram | Samples | Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +290,8 @@ class Report(_Node):
       subtitle: one line: method, model, data.
       summary: one paragraph: what was found.
       cards: headline numbers.
-      sections: `Text`, `Table`, `Curves`, `Histogram`, `Samples` or `Config`.
+      sections: `Text`, `Table`, `Curves`, `Comparisons`, `Histogram`, `Samples` or
+        `Config`.
       meta: facts of the run for the foot of the page, in this order: versions (a
         dict), commit, command, hardware and the like; `duration` is in seconds.
     """

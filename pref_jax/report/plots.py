@@ -8,7 +8,15 @@ import re
 
 import numpy as np
 
-from pref_jax.report.parts import Curves, Histogram, Panel, Report, Section, Series
+from pref_jax.report.parts import (
+    Comparison,
+    Curves,
+    Histogram,
+    Panel,
+    Report,
+    Section,
+    Series,
+)
 
 # Drawing. Matplotlib gets stand-in colours, which become CSS variables in the page, so
 # that one drawing serves light and dark. The colours lie in the template: at least 3:1
@@ -73,8 +81,20 @@ def _drawable(line: Series, panel: Panel) -> np.ndarray:
     return keep & ((x > 0) | (not panel.log_x)) & ((y > 0) | (not panel.log_y))
 
 
-def left_out(panel: Panel) -> list[str]:
+def _finite(comparison: Comparison) -> dict:
+    """The estimates that can be drawn."""
+    return {
+        name: e
+        for name, e in comparison.estimates.items()
+        if np.isfinite([e.mean, e.low, e.high]).all()
+    }
+
+
+def left_out(panel: Panel | Comparison) -> list[str]:
     """What the reader cannot see in a panel, for the note below it."""
+    if isinstance(panel, Comparison):
+        hidden = panel.estimates.keys() - _finite(panel).keys()
+        return [f"{name}, not finite" for name in panel.estimates if name in hidden]
     why = "not finite"
     if panel.log_x or panel.log_y:
         why += ", or not positive on a logarithmic axis"
@@ -90,10 +110,12 @@ def left_out(panel: Panel) -> list[str]:
     return remarks
 
 
-def draw(panel: Panel | Histogram, styles: dict, prefix: str, *, label: str) -> str:
+def draw(
+    panel: Panel | Comparison | Histogram, styles: dict, prefix: str, *, label: str
+) -> str:
     """The inline SVG of one pair of axes.
 
-    It holds no text but `label` and the numbers of the axes.
+    It holds no text but `label`, the numbers of the axes and the names of a comparison.
 
     Args:
       panel: what to draw.
@@ -106,7 +128,10 @@ def draw(panel: Panel | Histogram, styles: dict, prefix: str, *, label: str) -> 
 
     # From the default style, so that no local setting changes the page.
     with style.context("default"), matplotlib.rc_context(_RC):
-        page = figure.Figure(figsize=(5.0, 2.9), layout="constrained")
+        height = 2.9
+        if isinstance(panel, Comparison):
+            height = 0.7 + 0.27 * max(1, len(_finite(panel)))
+        page = figure.Figure(figsize=(5.0, height), layout="constrained")
         axes = page.add_subplot()
         page.patch.set_visible(False)
         axes.patch.set_visible(False)
@@ -116,13 +141,16 @@ def draw(panel: Panel | Histogram, styles: dict, prefix: str, *, label: str) -> 
                 area = {"color": pen["color"], "alpha": 0.18}
                 axes.stairs(counts, panel.edges, fill=True, **area)
                 axes.stairs(counts, panel.edges, linewidth=1.6, **pen)
+        elif isinstance(panel, Comparison):
+            _draw_estimates(axes, panel)
         else:
             for line in panel.series:
                 pen = _pen(*styles[line.name])
                 _draw_line(axes, line, _drawable(line, panel), pen)
             axes.set_xscale("log" if panel.log_x else "linear")
             axes.set_yscale("log" if panel.log_y else "linear")
-        for axis in (axes.xaxis, axes.yaxis):
+        numbered = (axes.xaxis, axes.yaxis)
+        for axis in numbered[:1] if isinstance(panel, Comparison) else numbered:
             if axis.get_scale() == "log":
                 low, high = axis.get_view_interval()
                 steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)
@@ -158,3 +186,16 @@ def _draw_line(axes, line: Series, keep: np.ndarray, pen: dict[str, object]) -> 
     marked = np.flatnonzero(keep if len(line.x) <= _MAX_MARKED else alone)
     marks = {"marker": "o", "markersize": 3.2, "markevery": marked.tolist()}
     axes.plot(line.x, np.where(keep, line.y, np.nan), **marks, **pen)
+
+
+def _draw_estimates(axes, panel: Comparison) -> None:
+    found = _finite(panel)
+    places = range(len(found))
+    for place, e in zip(places, found.values(), strict=True):
+        axes.plot([e.low, e.high], [place, place], color="#00fe00", linewidth=1.6)
+        axes.plot([e.mean], [place], "o", color="#00fe00", markersize=4.5)
+    if panel.marked is not None:
+        axes.axvline(panel.marked, color="#00fe10", linewidth=1.0, linestyle="--")
+    axes.set_yticks(places, found)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.grid(visible=True, axis="x")
