@@ -1,23 +1,26 @@
-"""SFT or DPO of a checkpoint on your own data: one stage, from one GPU to a pod.
+"""SFT, DPO or ADPO of a checkpoint on your own data: one stage, from a GPU to a pod.
 
     python -m experiments.finetune --preset llama-3-8b-dpo-v5p-4x4x4 \
         --model DIR --data pairs.jsonl
     python -m experiments.finetune --preset smoke --model DIR --data pairs.jsonl
 
-With `beta` it is DPO on pairs, anchored to the model that it starts from; without, SFT
-on demonstrations, or on the chosen response of each pair. All parameters are trained,
-or low-rank adapters. The anchor's logps are stored before training, so that its
-parameters leave memory. After DPO the rewards of held-out pairs are measured. The model
-is a stage in the run's folder, which --model of any experiment takes and
-`scripts/convert_checkpoint.py` turns into a Hugging Face folder; both read from a disk.
+With `beta` it is DPO on pairs, anchored to the model that it starts from; with
+`temperature` too, ADPO on pairs or on lists of K responses, whose labels are grades;
+without, SFT on demonstrations, or on the chosen response of each pair. All parameters
+are trained, or low-rank adapters. The anchor's logps are stored before training, so
+that its parameters leave memory. After DPO or ADPO the rewards of held-out groups are
+measured. The model is a stage in the run's folder, which --model of any experiment
+takes and `scripts/convert_checkpoint.py` turns into a Hugging Face folder. Model and
+data may lie on `gs://`.
 
 The presets name a model, what is trained, and the TPU slice whose mesh and
-micro-batches they set. What they plan for (`planned`) is a batch of pairs of a stated
+micro-batches they set. What they plan for (`planned`) is a batch of groups of a stated
 size: that is what `scripts/compile_for_tpu.py` compiles, from shapes alone. A run takes
 the sizes of its data instead.
 
-Source: DPO, arXiv:2305.18290v3. Reproduces no table. Hardware: of the preset; not run
-there. docs/tpu.md says which presets were compiled for their slice.
+Source: DPO, arXiv:2305.18290v3; ADPO, arXiv:2510.18913v6. Reproduces no table.
+Hardware: of the preset; not run there. docs/tpu.md says which presets were compiled for
+their slice.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
 from experiments.worlds import methods, tasks
+from experiments.worlds.command import run_command
 from experiments.worlds.pipeline import (
     Pipeline,
     make_watch,
@@ -50,10 +53,9 @@ from pref_jax.models.lora import LoraConfig
 from pref_jax.sampling import SamplingConfig, make_sampler
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
-from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
+from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.costs import Program
-from pref_jax.train.logging import configure_logging
-from pref_jax.train.loop import LoopConfig, NonFiniteError, Preempted
+from pref_jax.train.loop import LoopConfig
 from pref_jax.train.optimizer import OptimizerConfig
 from pref_jax.train.stage import StageConfig, plan_stage
 
@@ -80,12 +82,13 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """The batch that a preset is compiled for: pairs of one size."""
+    """The batch that a preset is compiled for: groups of one size."""
 
     num_rows: int = 64  # G
     groups_per_row: int = 2  # E
     prompt: int = 256  # tokens of a prompt
     response: int = 383  # tokens of each of its responses
+    list_size: int = 8  # responses to a prompt, for ADPO
     sampled_prompts: int = 64  # of the sampler
     samples: int = 4  # to each of them
     new_tokens: int = 512  # of a sampled response
@@ -96,7 +99,10 @@ class Config:
     """Everything that the run depends on."""
 
     stage: StageConfig  # how it trains
-    beta: float | None = None  # reward per nat of DPO; None: SFT
+    beta: float | None = None  # reward per nat of DPO or ADPO; None: SFT
+    temperature: float | None = None  # of ADPO's targets, unit of the labels; None: DPO
+    adaptive: bool = False  # let ADPO's tau follow entropy and grades
+    adaptive_tau: methods.AdaptiveTau = methods.AdaptiveTau()
     adapters: bool = False  # train low-rank adapters instead of all parameters
     lora: LoraConfig = LoraConfig()  # the adapters
     model: str | None = None  # folder of the checkpoint: Hugging Face, adapter, stage
@@ -126,6 +132,17 @@ class Config:
     def __post_init__(self):
         if self.beta is not None and not self.beta > 0:
             raise ValueError(f"`beta` must be positive or None; got {self.beta}.")
+        if self.temperature is not None:
+            if not self.temperature > 0:
+                raise ValueError(
+                    f"`temperature` must be positive or None; got {self.temperature}."
+                )
+            if self.beta is None:
+                raise ValueError("`temperature` belongs to `beta`; give --beta too.")
+        if self.adaptive and self.temperature is None:
+            raise ValueError("`adaptive` belongs to ADPO; give --temperature too.")
+        if self.adaptive_tau != methods.AdaptiveTau() and not self.adaptive:
+            raise ValueError("`adaptive_tau` belongs to `adaptive`; give --adaptive.")
         if self.shape not in published.SHAPES:
             raise ValueError(
                 f"`shape` must be one of {', '.join(published.SHAPES)}; got "
@@ -141,9 +158,12 @@ class Config:
 
 
 def make_method(config: Config) -> Method:
-    """DPO against stored logps, or SFT."""
+    """DPO or ADPO against stored logps, or SFT."""
     if config.beta is None:
         return methods.make_sft()
+    if config.temperature is not None:
+        adaptive = config.adaptive_tau if config.adaptive else None
+        return methods.make_adpo(config.beta, config.temperature, adaptive)
     return methods.make_dpo(config.beta)
 
 
@@ -167,11 +187,14 @@ def make_task(config: Config) -> tasks.Task:
         long_groups=config.long_groups,
         cache=config.cache,
         samples_pairs=False,
+        takes_lists=config.temperature is not None,
     )
     if config.beta is not None and task.pairs is None:
+        wanted = "pairs" + " or lists" * (config.temperature is not None)
         raise ValueError(
-            f"{', '.join(config.data)} holds demonstrations; DPO needs pairs. Give "
-            f"pairs, or a preset of SFT."
+            f"{', '.join(config.data)} holds demonstrations, and "
+            f"{make_method(config).name} compares responses. Give {wanted}, or a "
+            f"preset of SFT."
         )
     return task
 
@@ -200,18 +223,27 @@ DPO = dataclasses.replace(
 )
 
 
+ADPO = dataclasses.replace(
+    DPO,
+    beta=1.0,  # 1 / tau_anc; ours: the paper's is not verified
+    temperature=0.5,  # the paper's December text has 0.5, the public recipe 0.8
+    planned=Planned(num_rows=64, groups_per_row=1),
+)
+
+
 def _with_adapters(config: Config) -> Config:
     optimizer = dataclasses.replace(config.stage.optimizer, learning_rate=1e-4)  # ours
     stage = dataclasses.replace(config.stage, optimizer=optimizer)
     return dataclasses.replace(config, adapters=True, stage=stage)
 
 
-METHODS = {
+_ON_EVERY_SLICE = {
     "sft": SFT,
     "dpo": DPO,
     "sft-lora": _with_adapters(SFT),
     "dpo-lora": _with_adapters(DPO),
 }
+METHODS = {**_ON_EVERY_SLICE, "adpo": ADPO}
 SLICES = {
     "llama-3-8b": {
         "v5e-16x16": (MeshSizes(fsdp=64, tensor=4), 1),
@@ -225,8 +257,8 @@ SLICES = {
 """Model -> slice -> mesh, and micro-batches of a step."""
 
 
-def _preset(shape: str, method: str, mesh: MeshSizes, num_microbatches: int) -> Config:
-    config = METHODS[method]
+def _preset(shape: str, method: str, name: str) -> Config:
+    config, (mesh, num_microbatches) = METHODS[method], SLICES[shape][name]
     stage = dataclasses.replace(config.stage, num_microbatches=num_microbatches)
     return dataclasses.replace(config, shape=shape, mesh=mesh, stage=stage)
 
@@ -240,11 +272,15 @@ SMOKE = dataclasses.replace(
         loop=LoopConfig(num_steps=8, validate_every=4, checkpoint_every=4),
     ),
 )
-PRESETS = {"smoke": SMOKE, **METHODS} | {
-    f"{shape}-{method}-{name}": _preset(shape, method, *sizes)
+_PLACES = [
+    (shape, method, name)
     for shape, slices in SLICES.items()
-    for name, sizes in slices.items()
-    for method in METHODS
+    for name in slices
+    for method in _ON_EVERY_SLICE
+]
+_PLACES.append(("llama-3-8b", "adpo", "v5p-4x4x4"))
+PRESETS = {"smoke": SMOKE, **METHODS} | {
+    "-".join(place): _preset(*place) for place in _PLACES
 }
 
 
@@ -285,6 +321,8 @@ def programs(config: Config, mesh) -> list[Program]:
             lambda x: jax.ShapeDtypeStruct(x.shape, _param_dtype(config)), frozen
         )
     num_responses = 1 if config.beta is None else 2
+    if config.temperature is not None:
+        num_responses = plan.list_size
     group = (plan.prompt, (plan.response,) * num_responses)
     num_groups = plan.num_rows * plan.groups_per_row
     forward = flops.forward_flops(sizes, [group] * num_groups)
@@ -361,7 +399,6 @@ def programs(config: Config, mesh) -> list[Program]:
             ),
             useful_flops=flops.forward_flops(sizes, [sampled] * prompts),
             formula=f"{flops.FORMULA}, 1 pass",
-            while_turns=plan.new_tokens,
         )
     )
     return found
@@ -457,23 +494,12 @@ def run_config(config: Config):
 
 def main() -> None:
     """The command line."""
-    processes.initialize()
-    configure_logging()
-    try:
-        config = run_lib.parse_config(PRESETS, default="smoke", description=__doc__)
-        folder = run_config(config)
-    except Preempted as stop:
-        print(f"{stop}; the same command continues.", file=sys.stderr)
-        raise SystemExit(PREEMPTED_EXIT_CODE) from None
-    except KeyboardInterrupt:  # while data is read, or a second Ctrl-C
-        raise SystemExit("stopped; the same command continues.") from None
-    except (ValueError, ImportError, NonFiniteError) as error:
-        _logger.debug("where it happened", exc_info=True)
-        raise SystemExit(f"error: {error}") from None
-    if processes.is_first():
-        method = make_method(config).name
-        print(f"run: {folder}; the model is its folder {method}")
-    processes.wait("the end")
+
+    def describe(config, folder):
+        name = make_method(config).name
+        return f"run: {folder}; the model is its folder {name}"
+
+    run_command(PRESETS, run_config, describe, default="smoke", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -29,53 +29,37 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import sys
 import time
 
-import jax
 import numpy as np
 
 from experiments.worlds import instructions, methods, sections, tasks
+from experiments.worlds.command import run_command, where_is
+from experiments.worlds.models import DecoderSizes, make_model
 from experiments.worlds.pipeline import (
     Pipeline,
     make_watch,
     measure_preferences,
     measure_responses,
     only_responses,
-    sample_pairs,
     save_tokenizer,
     store_anchor,
 )
-from pref_jax import model_folders, processes, report
+from experiments.worlds.sampled import sample_pairs
+from pref_jax import processes, report
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.method import Method
-from pref_jax.models import decoder
 from pref_jax.models.lora import LoraConfig
 from pref_jax.train import run as run_lib
-from pref_jax.train import sharding, storage
-from pref_jax.train.checkpoint import PREEMPTED_EXIT_CODE, PreemptionGuard
-from pref_jax.train.logging import configure_logging
-from pref_jax.train.loop import LoopConfig, NonFiniteError, Preempted
+from pref_jax.train import sharding
+from pref_jax.train.checkpoint import PreemptionGuard
+from pref_jax.train.loop import LoopConfig
 from pref_jax.train.optimizer import OptimizerConfig
 from pref_jax.train.stage import StageConfig
 from pref_jax.types import CHOSEN, REJECTED
 
 _logger = logging.getLogger("pref_jax.experiments")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderSizes:
-    """The fresh decoder; with `--model` only how it computes."""
-
-    width: int = 128  # ours
-    num_layers: int = 5  # ours: about 1.1 M parameters in all
-    num_heads: int = 4  # ours
-    num_kv_heads: int = 4  # ours
-    mlp_width: int = 384  # ours
-    dtype: str = "float32"  # of matrix products: float32 or bfloat16
-    attention: str = "auto"  # auto (by length of the row), xla or blockwise
-    remat: str = "none"  # none, dots or full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,28 +232,6 @@ def make_task(config: Config) -> tasks.Task:
 
 
 _PAIR_USE, _HELDOUT_USE, _EVAL_USE = 1, 2, 3  # draws that must differ
-
-
-def make_model(config: Config, task: tasks.Task, mesh):
-    """The model and its initial parameters on a mesh: yours, or fresh."""
-    sizes = config.decoder
-    compute = {name: getattr(sizes, name) for name in ("dtype", "attention", "remat")}
-    if config.model is not None:
-        found, params = model_folders.load(
-            config.model,
-            mesh=mesh,
-            max_positions=config.max_positions,
-            **compute,
-        )
-        return decoder.make_decoder(found), params
-    fresh = decoder.DecoderConfig(
-        vocab_size=task.vocab_size,
-        head_dim=sizes.width // sizes.num_heads,
-        embedding_scale=sizes.width**0.5,  # tokens enter the residual stream at size 1
-        **dataclasses.asdict(sizes),
-    )
-    model = decoder.make_decoder(fresh)
-    return model, sharding.init_params(model, mesh, jax.random.key(config.seed))
 
 
 def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
@@ -498,7 +460,14 @@ def run_config(config: Config) -> pathlib.Path:
     # Before the folder: a bad row or a wrong tokenizer leaves none behind.
     task = make_task(config)
     mesh = sharding.make_mesh()
-    model, params = make_model(config, task, mesh)
+    model, params = make_model(
+        config.decoder,
+        mesh,
+        vocab_size=task.vocab_size,
+        seed=config.seed,
+        checkpoint=config.model,
+        max_positions=config.max_positions,
+    )
     with (
         run_lib.open_run(config.root, config=values, name=config.name) as folder,
         PreemptionGuard() as guard,
@@ -552,24 +521,13 @@ def run_config(config: Config) -> pathlib.Path:
 
 def main() -> None:
     """The command line."""
-    processes.initialize()
-    configure_logging()
-    try:
-        config = run_lib.parse_config(PRESETS, default="small", description=__doc__)
-        page = run_config(config)
-    except Preempted as stop:
-        print(f"{stop}; the same command continues.", file=sys.stderr)
-        raise SystemExit(PREEMPTED_EXIT_CODE) from None
-    except KeyboardInterrupt:  # while data is read, or a second Ctrl-C
-        raise SystemExit("stopped; the same command continues.") from None
-    except (ValueError, ImportError, NonFiniteError) as error:  # what a user can act on
-        _logger.debug("where it happened", exc_info=True)
-        raise SystemExit(f"error: {error}") from None
-    if processes.is_first():
-        print(f"report: {page}")
-        if not storage.is_object_store(page):
-            print(f"        {pathlib.Path(page).resolve().as_uri()}")
-    processes.wait("the end")
+    run_command(
+        PRESETS,
+        run_config,
+        lambda config, page: where_is(page),
+        default="small",
+        description=__doc__,
+    )
 
 
 if __name__ == "__main__":

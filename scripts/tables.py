@@ -485,6 +485,51 @@ def tpu(records) -> str:
     return markdown(columns, rows) + text
 
 
+ADPO_RECORD = "adpo"
+
+
+def adpo_claims(records) -> str:
+    """The paper's claims with their verdicts, and how they were reached."""
+    if ADPO_RECORD not in records:
+        return "not run\n"
+    record = records[ADPO_RECORD]
+    rows = [
+        [
+            found["claim"],
+            f"**{found['verdict']}**",
+            "" if found["effect"] is None else _interval(found["effect"]),
+            found["unit"],
+            found["needed"],
+            found["note"],
+        ]
+        for found in record["results"]["verdicts"]
+    ]
+    columns = ["claim", "verdict", "effect", "of what", "needed", "remarks"]
+    suite = record["config"]["bandits"]
+    environment = record["environment"]
+    return markdown(columns, rows) + (
+        f"\n{suite['num_seeds']} paired seeds, {suite['num_steps']} updates; "
+        f"{record['seconds'] / 60:.0f} minutes on {environment['device']}; commit "
+        f"{environment['commit'][:12]}.\n"
+    )
+
+
+def adpo_scenarios(records) -> str:
+    """Mean win mass of every method in every scenario."""
+    if ADPO_RECORD not in records:
+        return "not run\n"
+    results = records[ADPO_RECORD]["results"]
+    rows = [
+        [
+            name,
+            *(f"{value:.3f}" for value in values),
+            f"{sum(values) / len(values):.3f}",
+        ]
+        for name, values in results["win_mass"].items()
+    ]
+    return markdown(["method", *results["scenarios"], "mean"], rows)
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-differences": quickstart_differences,
     "quickstart-models": quickstart_models,
@@ -501,6 +546,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "mutants": mutants,
     "surviving-mutants": surviving_mutants,
     "tpu": tpu,
+    "adpo-claims": adpo_claims,
+    "adpo-scenarios": adpo_scenarios,
 }
 
 

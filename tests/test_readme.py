@@ -22,6 +22,7 @@ PAGES = (
     "docs/checkpoints.md",
     "docs/losses.md",
     "docs/testing.md",
+    "docs/adpo.md",
 )
 
 

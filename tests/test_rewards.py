@@ -365,6 +365,48 @@ def with_steps():
     return dataclasses.replace(batch(), step_ids=ids.astype(np.int32))
 
 
+ADAPTIVE = {"beta": 0.5, "entropy_weight": 0.8, "quality_weight": 2.0}
+
+
+def test_an_adaptive_beta_is_the_equation():
+    share, quality = jnp.array([0.25, 0.25, 0.0]), jnp.array([0.4, 1.0, 1.0])
+    found = rewards.adaptive_beta(share, quality, **ADAPTIVE)
+    tau = [(1 + 0.8 * 0.25 + 2.0 * 0.75 * 0.6) / 0.5, (1 + 0.8 * 0.25) / 0.5, 1 / 0.5]
+    np.testing.assert_allclose(found, [1 / t for t in tau], rtol=1e-6)
+    cut = rewards.adaptive_beta(share, quality, **ADAPTIVE, low=2.3, high=3.0)
+    np.testing.assert_allclose(cut, [1 / 3.0, 1 / 2.4, 1 / 2.3], rtol=1e-6)
+
+
+def test_an_adaptive_beta_carries_no_gradient():
+    def total(share, quality):
+        return rewards.adaptive_beta(share, quality, **ADAPTIVE).sum()
+
+    found = jax.grad(total, argnums=(0, 1))(jnp.array([0.3]), jnp.array([0.2]))
+    assert [g.tolist() for g in found] == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"beta": 0.0}, ValueError, "`beta` must be positive"),
+        ({"low": 0.0}, ValueError, "`low` must be positive"),
+        ({"high": 0.05}, ValueError, "`high` must lie in .0.1, inf. .not below `low`"),
+        ({"entropy_weight": -1.0}, ValueError, "`entropy_weight` must be 0 or more"),
+        ({"quality_weight": -1.0}, ValueError, "`quality_weight` must be 0 or more"),
+        ({"quality": jnp.zeros(3)}, ValueError, "`quality` needs the shape"),
+        ({"quality": jnp.zeros(2, int)}, TypeError, "`quality` needs floating"),
+        ({"entropy_share": jnp.zeros(2, int)}, TypeError, "`entropy_share` needs fl"),
+    ],
+)
+def test_the_arguments_of_an_adaptive_beta_are_named(change, error, message):
+    arguments = {"entropy_share": jnp.zeros(2), "quality": jnp.zeros(2)} | ADAPTIVE
+    arguments |= change
+    with pytest.raises(error, match=message):
+        rewards.adaptive_beta(
+            arguments.pop("entropy_share"), arguments.pop("quality"), **arguments
+        )
+
+
 def test_step_rewards_are_by_step_and_add_up_to_the_reward_of_the_response():
     policy, anchor = random_scores(1), random_scores(2)
     spoiled = Scores(logp=jnp.where(batch().loss_mask, policy.logp, jnp.nan))

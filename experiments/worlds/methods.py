@@ -1,10 +1,16 @@
-"""The two methods that most experiments begin with: SFT, and DPO on stored logps."""
+"""Methods on rows that several experiments use: SFT, DPO, ADPO; on stored logps."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
-from pref_jax import anchors, rewards
+import jax.numpy as jnp
+
+from pref_jax import anchors, rewards, targets
+from pref_jax.logps import response_scores
+from pref_jax.losses.listwise import listwise_cross_entropy
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import nll_loss
 from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
@@ -38,3 +44,104 @@ def make_dpo(beta: float) -> Method:
         requires=frozenset({"anchor_logps"}),
         paper="arXiv:2305.18290v3",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveTau:
+    """How ADPO's tau follows the policy's entropy and the grades of a list."""
+
+    entropy_weight: float = 1.0  # alpha of the December text
+    quality_weight: float = 1.0  # ours: not verified
+    worst_grade: float = 0.0  # of the labels: quality 0
+    best_grade: float = 1.0  # of the labels: quality 1
+    low: float = 0.1  # least tau; the authors' trainer
+    high: float = 5.0  # largest tau; the authors' trainer
+
+    def __post_init__(self):
+        if not self.worst_grade < self.best_grade:
+            raise ValueError(
+                f"`worst_grade` must be below `best_grade`; got {self.worst_grade} and "
+                f"{self.best_grade}."
+            )
+
+
+def make_adpo(
+    beta: float, temperature: float, adaptive: AdaptiveTau | None = None
+) -> Method:
+    """Listwise ADPO against the logps of a fixed model, which the batch carries.
+
+        loss = KL(q || softmax_K(beta log_ratio)) + H(q)
+        q = softmax_K(labels / temperature)
+
+    Prompts whose list is not whole are fitted over the responses that are there.
+
+    Args:
+      beta: reward per nat, the paper's 1 / tau_anc.
+      temperature: of the targets, in the unit of the labels; the paper's beta_r.
+      adaptive: how tau differs from prompt to prompt, 1 / beta being its least; None:
+        it does not. Grades beyond its range count as its ends.
+
+    Source: ADPO, arXiv:2510.18913v6 (the numbers of its equations are not verified).
+    """
+
+    def loss(values, scores, batch):
+        del scores
+        fitted, metrics = listwise_cross_entropy(
+            values,
+            targets=targets.softmax(
+                batch.labels, temperature=temperature, where=batch.valid
+            ),
+            where=batch.valid,
+        )
+        weight = _has_list(batch)
+        return fitted, {name: (value, weight) for name, value in metrics.items()}
+
+    reward, score = functools.partial(rewards.sequence_reward, beta=beta), {}
+    if adaptive is not None:
+        reward = functools.partial(_adaptive_reward, beta=beta, adaptive=adaptive)
+        score = {"score": _with_entropy_share}
+    return Method(
+        name="ADPO",
+        anchor=anchors.fixed(),
+        reward=reward,
+        loss=loss,
+        **score,
+        weight=_has_list,
+        requires=frozenset({"anchor_logps"}),
+        paper="arXiv:2510.18913v6",
+    )
+
+
+def _with_entropy_share(model, params, batch):
+    """Scores whose entropy is a share of the largest: that over log V."""
+    scores = response_scores(model, params, batch, want=("logp", "entropy"))
+    largest = math.log(model.unembedding(params).shape[0])
+    return dataclasses.replace(scores, entropy=scores.entropy / largest)
+
+
+def _adaptive_reward(scores, anchor_scores, batch, *, beta, adaptive: AdaptiveTau):
+    """The implicit reward with a beta of its own for each prompt: f32[B, K]."""
+    where = batch.loss_mask & batch.valid[..., None]
+    entropy = jnp.where(where, scores.entropy, 0.0).sum((1, 2))
+    entropy /= jnp.maximum(where.sum((1, 2)), 1)
+    there = batch.valid.sum(-1)
+    grades = jnp.where(batch.valid, batch.labels, 0.0).sum(-1) / jnp.maximum(there, 1)
+    quality = (grades - adaptive.worst_grade) / (
+        adaptive.best_grade - adaptive.worst_grade
+    )
+    betas = rewards.adaptive_beta(
+        entropy,
+        jnp.clip(quality, 0.0, 1.0),
+        beta=beta,
+        entropy_weight=adaptive.entropy_weight,
+        quality_weight=adaptive.quality_weight,
+        low=adaptive.low,
+        high=adaptive.high,
+    )
+    log_ratios = rewards.sequence_reward(scores, anchor_scores, batch, beta=1.0)
+    return betas[:, None] * log_ratios
+
+
+def _has_list(batch):
+    """A prompt counts if two of its responses can be compared: f32[B]."""
+    return (batch.valid.sum(axis=-1) > 1).astype(jnp.float32)

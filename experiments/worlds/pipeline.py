@@ -6,11 +6,9 @@ this is the meeting that most of them have in common.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import zlib
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from pref_jax import model_folders, processes
+from pref_jax import model_folders
 from pref_jax.axes import whole
 from pref_jax.data import anchor_cache, rows, sources
 from pref_jax.data.records import Message
@@ -358,85 +356,6 @@ def only_responses(slot: int, groups: Sequence[TokenGroup]) -> Sequence[TokenGro
     return sources.mapped(only, groups)
 
 
-def sample_pairs(
-    pipeline: Pipeline,
-    params,
-    prompts,
-    grade: Grade,
-    *,
-    num_samples: int,
-    use: int,
-    path: pathlib.Path,
-) -> list[TokenGroup]:
-    """Sample, grade, and compare the responses to each prompt two by two.
-
-    Samples 0 and 1 make a pair, 2 and 3 the next; the higher grade is chosen. Pairs of
-    equal grades are left out. A response that was cut off stays as it is, without an
-    end token. The log counts both.
-
-    Args:
-      pipeline: the run.
-      params: of the model that answers.
-      prompts: one response list each.
-      grade: the true reward.
-      num_samples: responses to each prompt, even.
-      use: names the draw.
-      path: file of the pairs, as text and ids. Read back if it is there.
-
-    Returns:
-      Groups of K = 2, numbered as the lines of the file.
-
-    Raises:
-      ValueError: no pair is left.
-    """
-    if not processes.agree(path.exists()):
-        samples = pipeline.sample(params, prompts, num_samples=num_samples, use=use)
-        lines, counts = [], collections.Counter()
-        for i, prompt in enumerate(prompts):
-            prompt_ids = pipeline.encode_prompt(prompt).tolist()
-            for k in range(0, num_samples, 2):
-                pair = slice(k, k + 2)
-                counts["cut off"] += int((~samples.ended[i, pair]).sum())
-                found = []
-                lengths = samples.length[i, pair]
-                for row, n in zip(samples.tokens[i, pair], lengths, strict=True):
-                    text = pipeline.encoder.decode(row[:n])
-                    found.append(
-                        (grade(prompt, text)["reward"], text, row[:n].tolist())
-                    )
-                if found[0][0] == found[1][0]:
-                    counts["equal"] += 1
-                    continue
-                rejected, chosen = sorted(found)
-                lines.append(
-                    {
-                        "prompt": prompt_text(prompt),
-                        "chosen": chosen[1],
-                        "rejected": rejected[1],
-                        "rewards": [chosen[0], rejected[0]],
-                        "ids": [prompt_ids, chosen[2], rejected[2]],
-                    }
-                )
-        if not lines:
-            raise ValueError(
-                f"no pair could be made of {len(prompts)} prompts: all grades are "
-                f"equal. Sample for more prompts, or look at the grade."
-            )
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        processes.on_first(lambda: storage.write_text(path, text))
-        _logger.info(
-            "%s: %d pairs of %d prompts, %d of equal grades left out; %d responses "
-            "were cut off",
-            *(path.name, len(lines), len(prompts), counts["equal"], counts["cut off"]),
-        )
-    groups = []
-    for number, line in enumerate(path.read_text().splitlines()):
-        prompt, *pair = (np.asarray(ids, np.int32) for ids in json.loads(line)["ids"])
-        masks = tuple(np.ones(len(ids), bool) for ids in pair)
-        groups.append(TokenGroup(prompt, tuple(pair), masks, (1.0, 0.0), number))
-    return groups
-
-
 def store_anchor(
     pipeline: Pipeline, name: str, params, groups, stage: StageConfig
 ) -> Sequence[TokenGroup]:
@@ -485,18 +404,17 @@ def measure_preferences(
     groups: Sequence[TokenGroup],
     stage: StageConfig,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Accuracy and margin of each model's rewards on each of some pairs.
+    """Accuracy and margin of each model's rewards on each of some groups.
 
     Returns:
-      {model: {"accuracy": f[N], "margin": f[N]}}, in the order of the groups that fit.
+      {model: {"accuracy": f[N], "margin": f[N]}}, in the order of the groups that fit;
+      of lists, which have no margin, the accuracy alone.
     """
     groups, row_length = pipeline.fit(groups)
     batches = pipeline.batches(groups, row_length, stage)
     pair_metrics = _compiled(_metrics_of(method), pipeline.model)
-    found = {
-        name: {key: np.zeros(len(groups)) for key in ("accuracy", "margin")}
-        for name in models
-    }
+    keys = ("accuracy", "margin") if len(groups[0].responses) == 2 else ("accuracy",)
+    found = {name: {key: np.zeros(len(groups)) for key in keys} for name in models}
     num_tokens = rows.measure(groups).num_tokens
     with (
         jax.set_mesh(pipeline.mesh),

@@ -12,6 +12,7 @@ import pytest
 
 import own_files as files
 from experiments import finetune
+from experiments.worlds.methods import AdaptiveTau
 from pref_jax import model_folders
 from pref_jax.models import published
 from pref_jax.train import sharding
@@ -94,6 +95,27 @@ def test_demonstrations_are_for_sft_alone(own_files, tmp_path, pytestconfig):
     assert "holds demonstrations; DPO needs pairs" in result.stderr
 
 
+@pytest.mark.slow
+def test_lists_are_for_adpo_alone(own_files, tmp_path, pytestconfig):
+    grades = {"labels": [0.0, 2.0, 1.0]}
+    rows = [
+        {"prompt": f"{i} + {i} =", "responses": [f" {i}", f" {2 * i}", " 7"]} | grades
+        for i in range(60)
+    ]
+    path = tmp_path / "lists.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ("--preset", "smoke", *TINY, "--model", own_files / "base", "--data", path)
+    refused = run(tmp_path, *model, root=pytestconfig.rootpath)
+    assert refused.returncode == 1 and "3 responses a row" in refused.stderr
+    options = ("--temperature", 0.5)
+    result = run(tmp_path, *model, *options, root=pytestconfig.rootpath)
+    assert result.returncode == 0, result.stderr[-3000:]
+    folder = tmp_path / "runs/finetune/001"
+    record = json.loads((folder / "record.json").read_text())
+    assert list(record["results"]["preferences"]) == ["accuracy"]
+    assert (folder / "ADPO" / "model.json").is_file()
+
+
 def test_a_run_without_model_or_data_says_what_it_needs():
     with pytest.raises(ValueError, match="give --model DIR --data FILE"):
         finetune.make_task(finetune.SMOKE)
@@ -103,6 +125,10 @@ def test_a_run_without_model_or_data_says_what_it_needs():
     ("change", "message"),
     [
         ({"beta": 0.0}, "`beta` must be positive or None"),
+        ({"temperature": -1.0}, "`temperature` must be positive or None; got -1"),
+        ({"beta": None, "temperature": 1.0}, "`temperature` belongs to `beta`"),
+        ({"adaptive": True}, "`adaptive` belongs to ADPO; give --temperature"),
+        ({"adaptive_tau": AdaptiveTau(low=0.2)}, "belongs to `adaptive`; give"),
         ({"shape": "llama-9"}, "`shape` must be one of llama-3-8b"),
         ({"lora": dataclasses.replace(finetune.SMOKE.lora, rank=3)}, "give --adapters"),
         ({"weights": (1.0,)}, "a number for each of 0 sources"),
@@ -115,7 +141,7 @@ def test_a_bad_config_is_an_error(change, message):
 
 def test_every_preset_of_a_slice_splits_its_batch():
     names = [name for name in finetune.PRESETS if "v5" in name or "v6" in name]
-    assert len(names) == 24
+    assert len(names) == 25
     for name in names:
         config = finetune.PRESETS[name]
         sizes = published.SHAPES[config.shape]
@@ -136,7 +162,10 @@ def test_programs_are_known_from_shapes_alone(method):
     scored = ["scoring pass"] if config.beta else []
     assert list(found) == ["train step", *scored, "sampler"]
     moving, frozen, batch = found["train step"].arguments
-    assert batch.tokens.shape == (64, 2048 if config.beta else 1280)
+    length = {1: 1280, 2: 2048, 8: 3328}
+    num_responses = batch.labels.shape[1]
+    assert batch.tokens.shape == (64, length[num_responses])
+    assert (num_responses > 1) == bool(config.beta)
     assert bool(frozen) == config.adapters
     trained = sum(x.size for x in jax.tree.leaves(moving.params))
     assert (trained < 3e7) == config.adapters
@@ -148,6 +177,6 @@ def test_programs_are_known_from_shapes_alone(method):
         ratio = found["train step"].useful_flops / found["scoring pass"].useful_flops
         assert ratio == passes
     # 2 flops a parameter and token at least, of 1.24 billion less the embedding.
-    tokens = config.planned.prompt + config.planned.response * (2 if config.beta else 1)
-    least = 2 * passes * 0.97e9 * 128 * tokens
+    tokens = config.planned.prompt + config.planned.response * num_responses
+    least = 2 * passes * 0.97e9 * batch.labels.shape[0] * tokens
     assert least < found["train step"].useful_flops < 2 * least

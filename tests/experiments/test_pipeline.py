@@ -13,6 +13,7 @@ import oracles
 import tiny_stage
 from experiments.worlds import pipeline as pipeline_lib
 from experiments.worlds.pipeline import Pipeline
+from experiments.worlds.sampled import sample_pairs
 from pref_jax.data.records import Message
 from pref_jax.sampling import Samples
 from pref_jax.train import sharding
@@ -132,7 +133,7 @@ def shortest(prompt, response):
 def make_pairs(path, *samples):
     run = scripted(drawn(*samples))
     options = {"num_samples": 4, "use": 0, "path": path}
-    return pipeline_lib.sample_pairs(run, None, ["x"], shortest, **options)
+    return sample_pairs(run, None, ["x"], shortest, **options)
 
 
 def test_the_higher_grade_of_two_samples_is_chosen_and_a_tie_is_no_pair(tmp_path):

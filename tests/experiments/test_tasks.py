@@ -106,6 +106,19 @@ def test_what_is_neither_is_an_error(own_task, tmp_path, rows, heldout, message)
         own_task(rows, heldout=heldout)
 
 
+def test_lists_are_taken_by_who_compares_them(own_task):
+    rows = [
+        {"prompt": f"{i} + {i} =", "responses": [" 1", " 2", " 3"], "labels": [2, 0, 1]}
+        for i in range(200)
+    ]
+    train, heldout = own_task(rows, takes_lists=True).pairs
+    assert len(train) + len(heldout) == 200
+    assert {len(group.responses) for group in (*train, *heldout)} == {3}
+    assert tuple(train[0].labels) == (2.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="lists of one size. or demonstrations, not"):
+        own_task(rows[:1], takes_lists=True)
+
+
 def test_a_grade_is_a_number_of_prompt_and_response(own_task, tmp_path):
     (tmp_path / "mine_ok.py").write_text("def f(prompt, response):\n    return 3\n")
     task = own_task(demonstrations(range(200)), grade="mine_ok:f")

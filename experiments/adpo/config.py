@@ -1,0 +1,100 @@
+"""Everything that the experiment depends on, and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments.adpo.distillation import DistillationConfig
+from experiments.adpo.language import LanguageConfig
+from experiments.adpo.online import OnlineConfig
+from experiments.adpo.suite import BanditConfig
+from experiments.worlds.bandits import World
+from experiments.worlds.models import DecoderSizes
+from pref_jax.train.loop import LoopConfig
+from pref_jax.train.optimizer import OptimizerConfig
+from pref_jax.train.stage import StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The parts of the experiment."""
+
+    language: LanguageConfig
+    bandits: BanditConfig = BanditConfig()
+    online: OnlineConfig = OnlineConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    name: str | None = None  # of the run; None: continue an unfinished run, or a number
+    root: str = "runs/adpo"  # folder of the runs
+
+
+def _stage(groups: int, num_steps: int, rate: float, **loop) -> StageConfig:
+    optimizer = OptimizerConfig(
+        learning_rate=rate, warmup_steps=num_steps // 20, weight_decay=0.05
+    )
+    return StageConfig(
+        groups_per_step=groups,
+        optimizer=optimizer,
+        loop=LoopConfig(
+            num_steps=num_steps,
+            validate_every=num_steps // 4,
+            checkpoint_every=num_steps // 4,
+            **loop,
+        ),
+    )
+
+
+SMALL = Config(
+    language=LanguageConfig(
+        base=_stage(32, 1000, 2e-3), sft=_stage(48, 500, 1e-3, best="validation/loss")
+    )
+)
+_TINY = World(
+    num_train=256, num_validation=128, num_test=256, num_reference=128, hidden=16
+)
+SMOKE = Config(
+    distillation=DistillationConfig(
+        num_states=128,
+        num_steps=4,
+        num_seeds=2,
+        num_episodes=4,
+        temperatures=(1.0, 2.0),
+        teacher_updates=2,
+    ),
+    language=LanguageConfig(
+        base=_stage(16, 20, 2e-3),
+        sft=_stage(16, 20, 1e-3, best="validation/loss"),
+        decoder=DecoderSizes(
+            width=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=64
+        ),
+        num_documents=600,
+        num_demonstrations=300,
+        num_list_prompts=48,
+        flip_rates=(0.0, 0.4),
+        lists_per_step=8,
+        num_steps=3,
+        num_seeds=2,
+        num_eval_prompts=16,
+        eval_samples=2,
+        max_new_tokens=12,
+    ),
+    bandits=BanditConfig(
+        world=_TINY,
+        num_steps=20,
+        num_seeds=2,
+        num_tuning_seeds=1,
+        sizes=(),
+        reference_steps=(),
+        taus=(0.5, 2.0),
+        temperatures=(0.5, 2.0),
+        runs_at_once=108,
+    ),
+    online=OnlineConfig(
+        world=_TINY,
+        num_steps=20,
+        measure_every=10,
+        num_seeds=2,
+        num_tuning_seeds=1,
+        runs_at_once=44,
+    ),
+)
+PRESETS = {"small": SMALL, "smoke": SMOKE}

@@ -1,0 +1,67 @@
+"""The model of an experiment: the user's own checkpoint, or a fresh small decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from pref_jax import model_folders
+from pref_jax.models import decoder
+from pref_jax.train import sharding
+from pref_jax.types import Model, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSizes:
+    """The fresh decoder; with a checkpoint only how it computes."""
+
+    width: int = 128  # ours
+    num_layers: int = 5  # ours: about 1.1 M parameters in all
+    num_heads: int = 4  # ours
+    num_kv_heads: int = 4  # ours
+    mlp_width: int = 384  # ours
+    dtype: str = "float32"  # of matrix products: float32 or bfloat16
+    attention: str = "auto"  # auto (by length of the row), xla or blockwise
+    remat: str = "none"  # none, dots or full
+
+
+def make_model(
+    sizes: DecoderSizes,
+    mesh: jax.sharding.Mesh,
+    *,
+    vocab_size: int,
+    seed: int,
+    checkpoint: str | None = None,
+    max_positions: int | None = None,
+) -> tuple[Model, PyTree]:
+    """A model and its initial parameters on a mesh.
+
+    Args:
+      sizes: of the fresh decoder.
+      mesh: that the parameters are placed on.
+      vocab_size: of the fresh decoder.
+      seed: of its parameters.
+      checkpoint: folder of a model to take in its place; None: a fresh one.
+      max_positions: longest text of the checkpoint; None: as it says.
+
+    Raises:
+      CheckpointFormatError: as `model_folders.load`.
+    """
+    if checkpoint is not None:
+        compute = ("dtype", "attention", "remat")
+        found, params = model_folders.load(
+            checkpoint,
+            mesh=mesh,
+            max_positions=max_positions,
+            **{name: getattr(sizes, name) for name in compute},
+        )
+        return decoder.make_decoder(found), params
+    fresh = decoder.DecoderConfig(
+        vocab_size=vocab_size,
+        head_dim=sizes.width // sizes.num_heads,
+        embedding_scale=sizes.width**0.5,  # tokens enter the residual stream at size 1
+        **dataclasses.asdict(sizes),
+    )
+    model = decoder.make_decoder(fresh)
+    return model, sharding.init_params(model, mesh, jax.random.key(seed))
