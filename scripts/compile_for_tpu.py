@@ -41,7 +41,8 @@ class Options:
 
     experiment: str  # module of experiments/
     preset: str  # one of its PRESETS
-    topology: str  # generation and shape, such as v5p:4x4x4 or v5e:16x16
+    topology: str  # generation and shape of a slice, such as v5p:4x4x4 or v5e:16x16
+    num_slices: int = 1  # such slices, joined by a data-center network
     data: int | None = None  # mesh axis; -1: the chips that are left
     fsdp: int | None = None  # mesh axis; None: as the config has it in `mesh`
     tensor: int | None = None  # mesh axis
@@ -108,7 +109,9 @@ def _without_folders(value):
 
 def record_name(options: Options) -> str:
     """Of the file, such as tpu_8b_v5p_4x4x4."""
-    return "tpu_" + re.sub(r"[^\w.]+", "_", f"{options.preset}_{options.topology}")
+    several = f"{options.num_slices}_x_" if options.num_slices > 1 else ""
+    name = f"{options.preset}_{several}{options.topology}"
+    return "tpu_" + re.sub(r"[^\w.]+", "_", name)
 
 
 def show(record: dict, console: Console) -> None:
@@ -167,6 +170,11 @@ def show(record: dict, console: Console) -> None:
         ),
     )
     console.print(table)
+    if mesh["slice"] > 1:
+        console.print(
+            "What slices send each other is not in the programs' text: it is in none "
+            "of the figures above, and makes a step longer."
+        )
     for program in programs:
         console.print(f"{program['name']}: useful flops = {program['formula']}")
         for loop in program["unknown_loops"]:
@@ -237,7 +245,9 @@ def main(args=None) -> int:
         axes = dataclasses.asdict(config.mesh) if hasattr(config, "mesh") else {}
         given = {axis: getattr(options, axis) for axis in ("data", "fsdp", "tensor")}
         axes |= {axis: size for axis, size in given.items() if size is not None}
-        mesh = topology_lib.topology_mesh(options.topology, **axes)
+        mesh = topology_lib.topology_mesh(
+            options.topology, num_slices=options.num_slices, **axes
+        )
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     record = compile_all(options, config, experiment, mesh)

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 
+import jax
 import pytest
 
 from pref_jax.train import sharding, topology
@@ -19,9 +20,13 @@ def tiny(monkeypatch):
     """The experiment, and this machine's eight devices in the place of TPUs."""
     monkeypatch.setitem(sys.modules, "experiments.tiny", tpu_experiment)
 
-    def mesh(name, **axes):
+    def mesh(name, *, num_slices, **axes):
         topology.find_chip(name)
-        return sharding.make_mesh(**axes)
+        if num_slices == 1:
+            return sharding.make_mesh(**axes)
+        found = sharding.make_mesh(**axes)
+        devices = found.devices.reshape(num_slices, -1, *found.devices.shape[2:])
+        return jax.sharding.Mesh(devices, found.axis_names, axis_types=found.axis_types)
 
     monkeypatch.setattr(topology, "topology_mesh", mesh)
     monkeypatch.setattr(topology, "axis_links", lambda mesh, axes, chip: 2)
@@ -69,6 +74,15 @@ def test_a_record_holds_the_figures_of_every_program(tmp_path, capsys):
     assert "MFU = useful flops / (chips * peak * s)" in output
     assert "step: useful flops = 3 * 2 * layers * rows * width^2" in output
     assert "does not fit" not in output
+
+
+def test_several_slices_say_what_is_not_counted(tmp_path, capsys):
+    command = [*COMMAND, "--num-slices", "2", "--write", str(tmp_path)]
+    assert compile_for_tpu.main([*command, "--fsdp", "2"]) == 0
+    name, record = read(tmp_path)
+    assert name == "tpu_small_2_x_v5e_4x2"
+    assert record["mesh"] == {"slice": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert "What slices send each other is not in" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_ends_with_1_and_advice(tmp_path, capsys, small_chip):

@@ -114,7 +114,12 @@ def find_chip(topology: str) -> Chip:
 
 
 def topology_mesh(
-    topology: str, *, data: int = -1, fsdp: int = 1, tensor: int = 1
+    topology: str,
+    *,
+    num_slices: int = 1,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
 ) -> Mesh:
     """A mesh of TPUs that need not be there, to compile for.
 
@@ -122,7 +127,9 @@ def topology_mesh(
     without TPUs: otherwise libtpu looks for some.
 
     Args:
-      topology: generation and shape, such as v5p:4x4x4 or v5e:16x16.
+      topology: generation and shape of a slice, such as v5p:4x4x4 or v5e:16x16.
+      num_slices: that a data-center network joins. What they send each other is not in
+        the program's text, and so not in what `costs` counts.
       data: as in `sharding.make_mesh`.
       fsdp: as in `sharding.make_mesh`.
       tensor: as in `sharding.make_mesh`.
@@ -136,6 +143,8 @@ def topology_mesh(
     find_chip(topology)
     # Without it the two cores of a v4 chip are two devices.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if num_slices > 1:
+        options["num_slices"] = num_slices
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options

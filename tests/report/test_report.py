@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import math
@@ -14,6 +15,8 @@ import object_store
 from pref_jax.report import (
     Card,
     Column,
+    Comparison,
+    Comparisons,
     Config,
     Curves,
     Estimate,
@@ -110,6 +113,21 @@ def make_report():
             Text("What was run", ("One paragraph.", HOSTILE)),
             table,
             Curves("Training", panels, note="Every step."),
+            Comparisons(
+                "Win mass",
+                (
+                    Comparison(
+                        HOSTILE,
+                        HOSTILE,
+                        {
+                            HOSTILE: Estimate(0.3, 0.25, 0.35),
+                            "DPO": Estimate(0.28, 0.2, 0.36),
+                        },
+                        marked=0.125,
+                    ),
+                ),
+                note=HOSTILE,
+            ),
             Histogram("Margins", "margin, nats", "pairs", [-1.0, 0.0, 1.0], counts),
             samples,
             Config("Settings", {"seed": 0, "dpo": {"beta": 0.1, "name": HOSTILE}}),
@@ -225,7 +243,7 @@ def test_no_request_leaves_the_page(page, page_text):
 def test_data_is_escaped_everywhere(page, page_text):
     assert "<script" not in page_text
     # Summary, paragraph, legend, prompt, response, setting; and one spoken label.
-    assert "".join(page.texts).count(HOSTILE) == 6
+    assert "".join(page.texts).count(HOSTILE) == 10
     assert sum(HOSTILE in svg.get("aria-label", "") for svg in page.all("svg")) == 1
 
 
@@ -245,7 +263,7 @@ def test_the_page_can_be_heard(page):
     assert len(page.all("caption")) == len(page.all("table")) == 1
     assert all(attrs.get("scope") in ("col", "row") for attrs in page.all("th"))
     plots = [svg for svg in page.all("svg") if svg.get("aria-hidden") != "true"]
-    assert len(plots) == 3
+    assert len(plots) == 4
     assert all(s["role"] == "img" and s["aria-label"] for s in plots)
 
 
@@ -343,6 +361,34 @@ def test_bands_and_dashes_are_drawn():
         drawing = draw(kind, {"a": (4, (5, 2))}, "p", label="")
         assert re.search(r"fill: var\(--series-4\); [\w-]*opacity: 0.18", drawing)
         assert "stroke-dasharray: " in drawing
+
+
+def test_estimates_stand_below_each_other_with_their_intervals(tmp_path):
+    estimates = {
+        "first": Estimate(0.5, 0.25, 0.75),
+        "lost": Estimate(math.nan, math.nan, math.nan),
+        "last & least": Estimate(0.1, 0.05, 0.2),
+    }
+    panel = Comparison("scenario", "win mass", estimates, marked=0.125)
+    drawing = draw(panel, {}, "x", label="l")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
+    assert [text for text in texts if not text[0].isdigit()] == [
+        "first",
+        "last &amp; least",
+    ]
+    y = [
+        float(x)
+        for x in re.findall(r'<use href="#[^"]*" x="[^"]*" y="([^"]*)"', drawing)
+    ]
+    assert "stroke-dasharray" in drawing  # what they are compared with
+    plain = draw(dataclasses.replace(panel, marked=None), {}, "x", label="l")
+    assert drawing.count("stroke-dasharray") > plain.count("stroke-dasharray")
+    assert y == sorted(y) and len(y) >= 2  # the first name is at the top
+    report = Report("t", sections=(Comparisons("c", (panel,)),))
+    write_report(report, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Not drawn in “scenario”: lost, not finite." in page
+    assert "first: 0.500 [0.250, 0.750]." in page  # for readers who hear the page
 
 
 def test_names_beyond_the_colours_get_dashes(tmp_path):
