@@ -14,7 +14,8 @@ Processes hold jax and what it compiled, and run one mutant after another; what 
 finds helps the next, which begins with the tests that failed before. `--confirm`
 repeats some results the slow way: a fresh process on a changed copy of the repository.
 Every result goes into runs/mutants.jsonl: an interrupted command goes on where it was,
-and results stand until the library or their tests change.
+and results stand until the library or their tests change. With `--files` a record keeps
+what it has of other files, each with the commit that it is of.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class Config:
     write: str | None = None  # folder for mutants.json
 
     def __post_init__(self):
-        if self.write is not None and (self.files or self.sample is not None):
+        if self.write is not None and self.sample is not None:
             raise ValueError(
-                "`write` makes a record of all mutants; leave out `files` and `sample`."
+                "`write` makes a record of all mutants of a file; leave out `sample`."
             )
         if self.sample is not None and self.sample < 1:
             raise ValueError(f"`sample` must be at least 1; got {self.sample}.")
@@ -492,10 +493,30 @@ def run(config: Config, root: pathlib.Path = ROOT) -> dict:
         seconds = [results.get(mutant)["seconds"] for mutant in mutants]
         record["seconds_per_mutant"] = round(sum(seconds) / len(seconds), 2)
         record["environment"] = environment()
-        folder = root / config.write
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "mutants.json", record)
+        for counts in record["files"].values():
+            counts["commit"] = record["environment"]["commit"]
+        path = root / config.write / "mutants.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = record
+        if config.files and path.exists():
+            kept = _joined(json.loads(path.read_text()), record)
+        write_json(path, kept)
     return record
+
+
+def _joined(old: dict, new: dict) -> dict:
+    """A record with its files that were looked at again replaced."""
+    others = {f: counts for f, counts in old["files"].items() if f not in new["files"]}
+    of_others = {
+        part: [entry for entry in old[part] if entry["file"] in others]
+        for part in ("survivors", "stale")
+    }
+    # In the order of the old record, what is new at the end.
+    files = {file: new["files"].get(file, old["files"][file]) for file in old["files"]}
+    return new | {
+        "files": files | new["files"],
+        **{part: entries + new[part] for part, entries in of_others.items()},
+    }
 
 
 def report(record: dict) -> None:

@@ -415,17 +415,17 @@ def mutants(records) -> str:
         # One that no test can notice is none that the tests let pass.
         others = counts["mutants"] - counts["equivalent"]
         rate = f"{100 * counts['caught'] / others:.1f} %" if others else "-"
-        rows.append([file, *(counts[key] for key in counted), rate])
-    environment = record["environment"]
+        commit = counts.get("commit", "")[:12]
+        rows.append([file, *(counts[key] for key in counted), rate, commit])
     text = (
-        f"\n{record['seconds_per_mutant']:.1f} s a mutant on {environment['device']}; "
-        f"commit {environment['commit'][:12]}."
+        f"\n{record['seconds_per_mutant']:.1f} s a mutant on "
+        f"{record['environment']['device']}."
     )
     if record.get("confirmed"):
         text += f" A fresh process confirmed {record['confirmed']} that were drawn."
     if record["stale"]:
         text += f" Equivalents that are no more: {len(record['stale'])}."
-    return markdown(["file", *counted, "kill rate"], rows) + text + "\n"
+    return markdown(["file", *counted, "kill rate", "commit"], rows) + text + "\n"
 
 
 def surviving_mutants(records) -> str:

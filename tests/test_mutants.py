@@ -246,6 +246,7 @@ def test_a_good_test_catches_a_weak_one_lets_pass(root, capsys, monkeypatch):
             "tests": ["tests/test_rewards.py"],
             **{"mutants": 3, "caught": 1, "of_them_stopped": 0},
             **{"equivalent": 0, "gaps": 2},
+            "commit": record["environment"]["commit"],
         }
     }
     gaps = [MINUS | {"reason": None}, ONE | {"reason": None}]
@@ -416,11 +417,33 @@ def test_a_file_has_the_tests_of_its_place_and_shared_ones():
     assert mutants.tests_of("pref_jax/losses/entries.py") == others
 
 
+def test_files_that_were_looked_at_again_take_the_place_of_their_old_figures():
+    def record(commit, files, survivors):
+        return {
+            "files": {file: {"mutants": n, "commit": commit} for file, n in files},
+            "survivors": [{"file": file, "line": commit} for file in survivors],
+            "stale": [{"file": file, "now": commit} for file in survivors],
+            "environment": {"commit": commit},
+        }
+
+    old = record("old", [("a", 1), ("b", 2), ("c", 3)], ["a", "b", "b", "c"])
+    new = record("new", [("b", 5), ("d", 4)], ["b"])
+    found = mutants._joined(old, new)
+    assert list(found["files"]) == ["a", "b", "c", "d"]
+    assert [counts["commit"] for counts in found["files"].values()] == [
+        *("old", "new", "old", "new")
+    ]
+    assert found["files"]["b"]["mutants"] == 5
+    expected = [("a", "old"), ("c", "old"), ("b", "new")]
+    assert [(x["file"], x["line"]) for x in found["survivors"]] == expected
+    assert [(x["file"], x["now"]) for x in found["stale"]] == expected
+    assert found["environment"] == {"commit": "new"}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"write": "x", "sample": 3}, "`write` makes a record of all mutants"),
-        ({"write": "x", "files": ("a.py",)}, "leave out `files` and `sample`"),
+        ({"write": "x", "sample": 3}, "mutants of a file; leave out `sample`"),
         ({"sample": 0}, "`sample` must be at least 1; got 0"),
     ],
 )

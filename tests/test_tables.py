@@ -118,7 +118,10 @@ def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
     place = {"file": "a.py", "function": "f", "line": "return x | y", "mutation": "m"}
     counts = {"mutants": 12, "caught": 9, "equivalent": 2, "gaps": 1}
     record = {
-        "files": {"a.py": counts, "b.py": dict.fromkeys(counts, 0)},
+        "files": {
+            "a.py": counts | {"commit": "abcdef0123456789"},
+            "b.py": dict.fromkeys(counts, 0),
+        },
         "survivors": [
             place | {"change": "x | y -> x & y", "reason": "x or y is 0"},
             place | {"change": "x -> y", "reason": None},
@@ -128,11 +131,11 @@ def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
     }
     lines = tables.mutants({"mutants": record}).splitlines()
     assert lines[2:5] == [
-        "| `a.py` | 12 | 9 | 2 | 1 | 90.0 % |",
-        "| `b.py` | 0 | 0 | 0 | 0 | - |",
-        "| all | 12 | 9 | 2 | 1 | 90.0 % |",
+        "| `a.py` | 12 | 9 | 2 | 1 | 90.0 % | abcdef012345 |",
+        "| `b.py` | 0 | 0 | 0 | 0 | - |  |",
+        "| all | 12 | 9 | 2 | 1 | 90.0 % |  |",
     ]
-    assert "0.5 s a mutant on 1 x cpu; commit abcdef012345." in lines[6]
+    assert "0.5 s a mutant on 1 x cpu." in lines[6]
     assert "confirmed 5 that were drawn" in lines[6]
     assert lines[6].endswith("Equivalents that are no more: 1.")
     lines = tables.surviving_mutants({"mutants": record}).splitlines()

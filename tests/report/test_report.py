@@ -242,9 +242,10 @@ def test_no_request_leaves_the_page(page, page_text):
 
 def test_data_is_escaped_everywhere(page, page_text):
     assert "<script" not in page_text
-    # Summary, paragraph, legend, prompt, response, setting; and one spoken label.
+    # Summary, paragraph, legend, prompt, response, setting; of a comparison title,
+    # quantity, name and note; and two spoken labels.
     assert "".join(page.texts).count(HOSTILE) == 10
-    assert sum(HOSTILE in svg.get("aria-label", "") for svg in page.all("svg")) == 1
+    assert sum(HOSTILE in svg.get("aria-label", "") for svg in page.all("svg")) == 2
 
 
 def test_local_targets_exist_and_ids_are_unique(page, page_text):
