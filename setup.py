@@ -49,7 +49,7 @@ setup(
             *("torch==2.13.0", "trl==1.16.0", "peft==0.21.2"),
             *("rlax==0.1.9", "scikit-learn"),
         ],
-        "tpu": ["jax[tpu]", "gcsfs>=2026.4"],  # gcsfs: run folders on gs://
+        "tpu": ["jax[tpu]", "gcsfs>=2026.4"],  # gcsfs: what lies on gs://
         "wandb": ["wandb>=0.19"],
         "cuda": ["jax[cuda12]"],  # runs on newer drivers too; cuda13 would not on older
     },
