@@ -11,12 +11,12 @@ from experiments.adpo.arms import ADPO, ARMS, SAME_PAIRS
 from experiments.adpo.suite import MEDIUM, REFERENCE, BanditConfig
 from experiments.adpo.verdicts import FAILS, HOLDS, Measured, Verdict
 from experiments.worlds import bandits
+from experiments.worlds.sections import estimate
 from pref_jax import report
 from pref_jax.evals.preference import bootstrap_interval
 
-
-def _estimate(values) -> report.Estimate:
-    return report.Estimate(*bootstrap_interval(values))
+_OF_MEDIUM = [list(bandits.SCENARIOS).index(name) for name in MEDIUM]
+"""Where the scenarios of the sweeps stand among the twelve."""
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> report.Table:
@@ -58,7 +58,7 @@ def _scenarios(measured: Measured) -> report.Comparisons:
             report.Comparison(
                 scenario,
                 "win mass",
-                {name: _estimate(values[name][i]) for name in names},
+                {name: estimate(values[name][i]) for name in names},
                 marked=float(measured.of(REFERENCE)[i].mean()),
             )
             for i, scenario in enumerate(bandits.SCENARIOS)
@@ -73,7 +73,7 @@ def _scenarios(measured: Measured) -> report.Comparisons:
 def _arm_table(measured: Measured) -> report.Table:
     def row(name, of):
         parts = ("win_mass", "accuracy", "reward", "kl")
-        return (name, *(_estimate(of(part).mean(0)) for part in parts))
+        return (name, *(estimate(of(part).mean(0)) for part in parts))
 
     return report.Table(
         "Means over the twelve scenarios",
@@ -160,13 +160,14 @@ def _qualities(measured: Measured, config: BanditConfig) -> report.Table:
     for with_anchor, without in SAME_PAIRS:
         for steps in (config.world.reference_steps, *config.reference_steps):
             if steps == config.world.reference_steps:
-                here = [list(bandits.SCENARIOS).index(name) for name in MEDIUM]
-                ours, theirs = (measured.arm(n)[here] for n in (with_anchor, without))
+                ours, theirs = (
+                    measured.arm(n)[_OF_MEDIUM] for n in (with_anchor, without)
+                )
             else:
                 ours, theirs = (
                     measured.of(f"quality/{steps}/{n}") for n in (with_anchor, without)
                 )
-            difference = _estimate((ours - theirs).mean(0))
+            difference = estimate((ours - theirs).mean(0))
             rows.append((f"{with_anchor} - {without}", steps, difference))
     return report.Table(
         "Anchoring, and how good the reference is",
@@ -181,11 +182,10 @@ def _qualities(measured: Measured, config: BanditConfig) -> report.Table:
 
 
 def _sizes(measured: Measured, config: BanditConfig, names: Sequence[str]):
-    here = [list(bandits.SCENARIOS).index(name) for name in MEDIUM]
     sizes = (config.world.hidden, *config.sizes)
     lines = []
     for name in names:
-        values = [measured.arm(name)[here]]
+        values = [measured.arm(name)[_OF_MEDIUM]]
         values += [measured.of(f"size/{size}/{name}") for size in config.sizes]
         lines.append(_series(name, sizes, np.stack(values).mean(1)))
     return report.Curves(
@@ -227,7 +227,7 @@ def _language(measured: Measured, results) -> report.Table:
         for arm in language.ARMS:
             parts = ("reward", "right", "kl", "length")
             found = (measured.language(rate, arm.name, part) for part in parts)
-            rows.append((f"{rate:.0%}", arm.name, *map(_estimate, found)))
+            rows.append((f"{rate:.0%}", arm.name, *map(estimate, found)))
     sft = results["language/SFT"]
     start = (sft[part] for part in ("reward", "right", "kl", "length"))
     return report.Table(
@@ -264,10 +264,10 @@ def _distillation(measured: Measured, results) -> report.Table:
             rows.append(
                 (
                     f"{task}, {student}",
-                    _estimate(found["return"]),
-                    _estimate(share),
-                    _estimate(found["kl"]),
-                    _estimate(found["ndcg"]),
+                    estimate(found["return"]),
+                    estimate(share),
+                    estimate(found["kl"]),
+                    estimate(found["ndcg"]),
                     results[f"distillation/{task}/{student}"]["temperature"],
                 )
             )
@@ -324,15 +324,13 @@ def make_report(
             report.Card("claims that do not", counts[FAILS], f"of {len(verdicts)}"),
             report.Card(
                 f"{ADPO} over DPO on all pairs",
-                _estimate(
-                    (measured.arm(ADPO) - measured.arm("DPO, all pairs")).mean(0)
-                ),
+                estimate((measured.arm(ADPO) - measured.arm("DPO, all pairs")).mean(0)),
                 "win mass, mean of 12 scenarios; the same information",
                 digits=3,
             ),
             report.Card(
                 f"{ADPO} over DPO on one pair",
-                _estimate((measured.arm(ADPO) - measured.arm("DPO, one pair")).mean(0)),
+                estimate((measured.arm(ADPO) - measured.arm("DPO, one pair")).mean(0)),
                 "win mass; more information",
                 digits=3,
             ),
