@@ -375,6 +375,10 @@ def test_an_adaptive_beta_is_the_equation():
     np.testing.assert_allclose(found, [1 / t for t in tau], rtol=1e-6)
     cut = rewards.adaptive_beta(share, quality, **ADAPTIVE, low=2.3, high=3.0)
     np.testing.assert_allclose(cut, [1 / 3.0, 1 / 2.4, 1 / 2.3], rtol=1e-6)
+    # Unless told, tau lies between 0.1 and 5.
+    for beta, expected in ((0.01, 1 / 5.0), (100.0, 1 / 0.1)):
+        found = rewards.adaptive_beta(share, quality, **ADAPTIVE | {"beta": beta})
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_an_adaptive_beta_carries_no_gradient():
