@@ -92,7 +92,7 @@ def test_demonstrations_are_for_sft_alone(own_files, tmp_path, pytestconfig):
         tmp_path, "--preset", "smoke", *TINY, *model, root=pytestconfig.rootpath
     )
     assert result.returncode != 0
-    assert "holds demonstrations; DPO needs pairs" in result.stderr
+    assert "holds demonstrations, and DPO compares responses" in result.stderr
 
 
 @pytest.mark.slow
