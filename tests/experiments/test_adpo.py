@@ -270,6 +270,7 @@ def test_arms_of_one_seed_start_from_one_reference():
         assert abs(found["test/kl"][0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_training_on_clean_labels_finds_the_best_items():
     world = dataclasses.replace(WORLD, num_train=512, hidden=32)
     case = suite.Case("cauchy, light", 0, dataclasses.replace(SETTING, tau=1.0))
@@ -353,6 +354,7 @@ def test_candidates_are_drawn_by_the_policy_without_replacement():
     np.testing.assert_allclose(second, [0, 0.6, 0.3, 0.1], atol=0.02)
 
 
+@pytest.mark.slow
 def test_anchors_part_ways_once_they_move(monkeypatch):
     config = dataclasses.replace(
         SMOKE.online, world=WORLD, num_steps=8, measure_every=2, runs_at_once=2
