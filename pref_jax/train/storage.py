@@ -170,6 +170,10 @@ def _matching(folder, patterns: Sequence[str]) -> dict:
     }
 
 
+def _size(path: pathlib.Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 def _copy_changed(found: dict, local: pathlib.Path, patterns: Sequence[str]) -> None:
     """Make the files of `local` those that were found in the bucket."""
     note = local.parent / f".{local.name}.json"  # file -> [size, time] in the bucket
@@ -179,7 +183,7 @@ def _copy_changed(found: dict, local: pathlib.Path, patterns: Sequence[str]) -> 
     changed = [
         name
         for name, state in states.items()
-        if copied.get(name) != state or not (local / name).is_file()
+        if copied.get(name) != state or _size(local / name) != state[0]
     ]
     if local.is_dir():
         for name, file in _matching(local, patterns).items():

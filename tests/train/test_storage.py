@@ -188,13 +188,13 @@ def test_a_folder_is_copied_once_and_then_what_has_changed(cache, caplog):
     assert contents(cache) == {"bucket/data/a.json": "once more"}
 
 
-def test_a_file_that_was_deleted_here_is_copied_again(cache):
+def test_a_file_that_was_deleted_or_cut_here_is_copied_again(cache):
     put(a__json="one")
-    for _ in range(2):
-        path = fetch("gs://bucket/data/a.json")
-        with open(path) as file:
-            assert file.read() == "one"
-        (cache / "bucket" / "data" / "a.json").unlink()
+    here = cache / "bucket" / "data" / "a.json"
+    for spoil in (here.unlink, lambda: here.write_text("o"), lambda: None):
+        assert fetch("gs://bucket/data/a.json") == str(here)
+        assert here.read_text() == "one"
+        spoil()
 
 
 def test_a_pattern_comes_back_as_a_pattern_of_the_copies(cache):
