@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import jax
@@ -43,6 +44,8 @@ from pref_jax.train.stage import StageConfig
 from pref_jax.train.state import init_state
 from pref_jax.train.step import make_train_step
 from pref_jax.types import PyTree, TokenGroup
+
+_logger = logging.getLogger("pref_jax.experiments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +285,16 @@ class Trainer:
         groups, row_length = pipeline.fit(prepared.groups)
         stage = dataclasses.replace(config.sft, groups_per_step=config.lists_per_step)
         whole = len(groups) // config.lists_per_step * config.lists_per_step
+        if not whole:
+            raise ValueError(
+                f"`lists_per_step` is {config.lists_per_step}, and only {len(groups)} "
+                f"lists have grades that differ; sample for more prompts."
+            )
+        if whole < len(groups):
+            _logger.info(
+                "%d of %d lists fill no batch and are not trained on",
+                *(len(groups) - whole, len(groups)),
+            )
         self._batches = pipeline.batches(groups[:whole], row_length, stage)
         self._num_records = 1 + max(group.record for group in groups)
 

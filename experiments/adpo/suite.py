@@ -108,14 +108,15 @@ def _run(arm: Arm | None, world: bandits.World, num_steps: int, data, started, s
     found = {}
     for name in ("validation", "test"):
         batch = getattr(data, name)
-        logps, reference_logps, anchor_logps = (
-            policy.logps(p, batch.context, batch.items)
-            for p in (params, reference, anchor)
+        logps, reference_logps = (
+            policy.logps(p, batch.context, batch.items) for p in (params, reference)
         )
         measures = bandits.measure(logps, reference_logps, batch.labels)
         found |= {f"{name}/{key}": value for key, value in measures.items()}
     if arm is not None and arm.targets is not None:
-        # The last of the two sets, the clean test contexts.
+        # Of the last set, the clean test contexts; without an anchor all logps are 0.
+        scores = bandits.score(policy, params, batch)
+        anchor_logps = arm.anchor.scores(policy, anchor, batch, scores).logp[..., 0]
         found["calibration"] = _calibration(
             arm, setting, logps, anchor_logps, batch.labels
         )
