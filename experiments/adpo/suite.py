@@ -265,7 +265,7 @@ COMPARED = (ADPO, "DPO, one pair", "DPO, all pairs", "unanchored list", "PPO")
 
 
 def _seconds(num_runs: int, config: BanditConfig, hidden: int) -> float:
-    """Of so many runs, measured with the default sizes; a larger network takes more."""
+    """Of so many runs: a guess for two cores; a larger network takes more."""
     updates = config.num_steps + config.world.reference_steps
     share = config.world.groups_per_step / 128 * (hidden / 64) ** 1.5
     return 10 + num_runs * updates * share * 1e-3
