@@ -269,18 +269,16 @@ def wrong_labels(num_lists: int, flip_rate: float, seed: int) -> np.ndarray:
 
 
 class Trainer:
-    """Runs of one arm at one share of wrong labels; compiled once.
+    """Runs of one arm; compiled once.
 
     Args:
       prepared: what all runs share.
       config: sizes.
       arm: the method.
-      flip_rate: share of lists that are negated.
     """
 
-    def __init__(self, prepared, config: LanguageConfig, arm, flip_rate: float):
+    def __init__(self, prepared: Prepared, config: LanguageConfig, arm: LanguageArm):
         self._prepared, self._config = prepared, config
-        self._flip_rate = flip_rate
         pipeline = prepared.pipeline
         groups, row_length = pipeline.fit(prepared.groups)
         stage = dataclasses.replace(config.sft, groups_per_step=config.lists_per_step)
@@ -298,17 +296,17 @@ class Trainer:
         self._batches = pipeline.batches(groups[:whole], row_length, stage)
         self._num_records = 1 + max(group.record for group in groups)
 
-        def step(state, batch, setting):
+        def step(state, batch, setting, flip_rate):
             method = arm.make(setting, flip_rate)
             optimizer = _optimizer(setting)
             return make_train_step(method, pipeline.model, optimizer)(state, batch)[0]
 
         self._step = jax.jit(step, donate_argnums=0)
 
-    def train(self, setting: Setting, seed: int) -> PyTree:
-        """Parameters after all updates."""
+    def train(self, setting: Setting, flip_rate: float, seed: int) -> PyTree:
+        """Parameters after all updates on lists of which this share is negated."""
         config, mesh = self._config, self._prepared.pipeline.mesh
-        wrong = wrong_labels(self._num_records, self._flip_rate, seed)
+        wrong = wrong_labels(self._num_records, flip_rate, seed)
         rng = np.random.default_rng([seed, 1])
         order = np.concatenate(
             [
@@ -316,7 +314,7 @@ class Trainer:
                 for _ in range(-(-config.num_steps // len(self._batches)))
             ]
         )[: config.num_steps]
-        setting = jax.tree.map(np.float32, setting)
+        setting, flip_rate = jax.tree.map(np.float32, (setting, flip_rate))
         state = init_state(
             self._prepared.reference, _optimizer(setting), rng=jax.random.key(seed)
         )
@@ -325,7 +323,8 @@ class Trainer:
                 batch = self._batches[int(number)]
                 sign = np.where(wrong[batch.record], -1.0, 1.0).astype(np.float32)
                 batch = dataclasses.replace(batch, labels=batch.labels * sign[:, None])
-                state = self._step(state, sharding.place_batch(mesh, batch), setting)
+                batch = sharding.place_batch(mesh, batch)
+                state = self._step(state, batch, setting, flip_rate)
         return state.params
 
 
@@ -356,25 +355,26 @@ def _measure(prepared: Prepared, config: LanguageConfig, params, prompts, use) -
     }
 
 
-def _compare(prepared: Prepared, config: LanguageConfig, arm, flip_rate: float) -> dict:
+def _compare(
+    prepared: Prepared,
+    config: LanguageConfig,
+    trainer: Trainer,
+    settings: Sequence[Setting],
+    flip_rate: float,
+) -> dict:
     """Choose a setting, then report it on other seeds."""
-    trainer = Trainer(prepared, config, arm, flip_rate)
+
+    def run(setting, seed, prompts, use):
+        params = trainer.train(setting, flip_rate, seed)
+        return _measure(prepared, config, params, prompts, use)
+
     tuning = [
-        _measure(
-            prepared,
-            config,
-            trainer.train(setting, _TUNING_SEED),
-            prepared.validation,
-            _VALIDATION_USE,
-        )["reward"]
-        for setting in arm.settings
+        run(setting, _TUNING_SEED, prepared.validation, _VALIDATION_USE)["reward"]
+        for setting in settings
     ]
-    setting = arm.settings[int(np.argmax(tuning))]
+    setting = settings[int(np.argmax(tuning))]
     found = [
-        _measure(
-            prepared, config, trainer.train(setting, seed), prepared.test, _TEST_USE
-        )
-        for seed in range(config.num_seeds)
+        run(setting, seed, prepared.test, _TEST_USE) for seed in range(config.num_seeds)
     ]
     return {
         "setting": dataclasses.asdict(setting),
@@ -392,6 +392,7 @@ def jobs(config: LanguageConfig, folder, guard) -> list[Job]:
       guard: says when to stop.
     """
     prepared = functools.cache(lambda: prepare(config, folder, guard))
+    trainer = functools.cache(lambda arm: Trainer(prepared(), config, arm))
 
     def reference(results):
         del results
@@ -401,18 +402,18 @@ def jobs(config: LanguageConfig, folder, guard) -> list[Job]:
         return found | {"num_lists": len(labels), "best_of_list": labels.max(1).mean()}
 
     stages = config.base.loop.num_steps + config.sft.loop.num_steps
-    found = [Job("language/SFT", 2, 0.25 * stages, reference)]
+    found = [Job("language/SFT", 2, 0.15 * stages, reference)]
     for rate in config.flip_rates:
         for arm in ARMS:
             num_runs = len(arm.settings) + config.num_seeds
-            seconds = 20 + num_runs * (0.2 * config.num_steps + 8)
+            seconds = 10 + num_runs * (0.08 * config.num_steps + 5)
             found.append(
                 Job(
                     f"language/{rate}/{arm.name}",
                     num_runs,
                     seconds,
                     lambda results, arm=arm, rate=rate: _compare(
-                        prepared(), config, arm, rate
+                        prepared(), config, trainer(arm), arm.settings, rate
                     ),
                 )
             )

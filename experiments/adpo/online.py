@@ -21,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.adpo.arms import Setting
-from experiments.adpo.suite import MEDIUM, Case, best_setting, tuning_seeds
+from experiments.adpo.suite import (
+    MEDIUM,
+    Case,
+    best_setting,
+    start_runs,
+    tuning_seeds,
+)
 from experiments.worlds import bandits
 from experiments.worlds.jobs import Job, in_blocks
 from pref_jax import anchors, targets
@@ -58,7 +64,7 @@ class OnlineConfig:
     measure_every: int = 50  # steps
     num_seeds: int = 10
     num_tuning_seeds: int = 2
-    runs_at_once: int = 36  # in one compiled program
+    runs_at_once: int = 20  # in one compiled program
 
     def __post_init__(self):
         if not 2 <= self.num_drawn <= self.num_offered:
@@ -87,15 +93,12 @@ def draw_candidates(key, logps, num: int):
     return jax.lax.top_k(logps + jax.random.gumbel(key, logps.shape), num)[1]
 
 
-def _one(anchor, config: OnlineConfig, seed, noise, setting):
+def _one(anchor, config: OnlineConfig, data, started, noise, setting):
     """Win mass along the way, the start first: f32[points] by set."""
-    world = dataclasses.replace(config.world, num_items=config.num_offered)
-    keys = jax.random.split(jax.random.key(seed), 4)
-    data = bandits.draw_data(keys[0], world, noise)
+    world = config.world
+    key, reference = started
+    keys = jax.random.split(key)
     policy = bandits.Policy(world.size, world.hidden)
-    reference = bandits.train_reference(
-        keys[1], world, policy, data.reference, world.reference_steps
-    )
 
     def make_targets(labels):
         advantages = group_advantages(labels)
@@ -106,7 +109,7 @@ def _one(anchor, config: OnlineConfig, seed, noise, setting):
     )
     optimizer = bandits.make_optimizer(world, setting.learning_rate)
     step = make_train_step(method, policy, optimizer)
-    state = init_state(reference, optimizer, rng=keys[2], anchor=reference)
+    state = init_state(reference, optimizer, rng=keys[0], anchor=reference)
     pairs = bandits.all_pairs(config.num_drawn)
 
     def one(state, key):
@@ -140,7 +143,7 @@ def _one(anchor, config: OnlineConfig, seed, noise, setting):
         return state, measured(state)
 
     num_points = config.num_steps // config.measure_every
-    keys = jax.random.split(keys[3], config.num_steps)
+    keys = jax.random.split(keys[1], config.num_steps)
     keys = keys.reshape(num_points, config.measure_every)
     _, found = jax.lax.scan(stretch, state, keys)
     return jax.tree.map(
@@ -150,8 +153,7 @@ def _one(anchor, config: OnlineConfig, seed, noise, setting):
 
 @functools.lru_cache(maxsize=2)
 def _compiled(name: str, config: OnlineConfig):
-    one = functools.partial(_one, ANCHORS[name], config)
-    return jax.jit(lambda rows: jax.vmap(one)(*rows))
+    return jax.jit(jax.vmap(functools.partial(_one, ANCHORS[name], config)))
 
 
 def run(
@@ -167,8 +169,14 @@ def run(
     Returns:
       "validation" and "test" -> f32[cases, points].
     """
-    rows = [case.row for case in cases]
-    return in_blocks(_compiled(name, config), rows, config.runs_at_once)
+    world = dataclasses.replace(config.world, num_items=config.num_offered)
+    compute = _compiled(name, config)
+
+    def block(rows):
+        seeds, noises, settings = rows
+        return compute(*start_runs(world, seeds, noises), noises, settings)
+
+    return in_blocks(block, [case.row for case in cases], config.runs_at_once)
 
 
 def _compare(name: str, config: OnlineConfig, results) -> dict:

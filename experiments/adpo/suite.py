@@ -41,7 +41,7 @@ class BanditConfig:
     reference_steps: tuple[int, ...] = (100, 300)  # beside the world's; ours
     taus: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the sweep; ours
     temperatures: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # likewise
-    runs_at_once: int = 36  # in one compiled program
+    runs_at_once: int = 20  # in one compiled program
 
     def __post_init__(self):
         for name in ("num_steps", "num_seeds", "num_tuning_seeds", "runs_at_once"):
@@ -124,7 +124,7 @@ def _run(arm: Arm | None, world: bandits.World, num_steps: int, data, started, s
 
 
 # Three programs, since what draws the data takes longest to compile, and is the same
-# for all arms.
+# for all arms and all anchors.
 
 
 @functools.lru_cache(maxsize=4)
@@ -146,6 +146,24 @@ def _compiled_start(world: bandits.World):
         return keys[2], params
 
     return jax.jit(jax.vmap(start))
+
+
+def start_runs(world: bandits.World, seeds, noises):
+    """Data and reference of a block of runs: the same for all methods of a seed.
+
+    Args:
+      world: sizes.
+      seeds: u32[runs].
+      noises: `Noise` of f32[runs].
+
+    Returns:
+      (`bandits.Data`, (key of what is left to draw, the reference's parameters)), with
+      an axis of runs.
+    """
+    # Neither the network nor the reference has a part in the data.
+    draw = _compiled_draw(dataclasses.replace(world, hidden=0, reference_steps=0))
+    data = draw(seeds, noises)
+    return data, _compiled_start(world)(seeds, data.reference)
 
 
 @functools.lru_cache(maxsize=4)
@@ -174,14 +192,11 @@ def run(
       "set/measure" -> f32[len(cases)]; of a listwise arm also `calibration`,
       f32[len(cases), bins, 3].
     """
-    # Neither the network nor the reference has a part in the data.
-    draw = _compiled_draw(dataclasses.replace(world, hidden=0, reference_steps=0))
-    start, compute = _compiled_start(world), _compiled_run(arm, world, num_steps)
+    compute = _compiled_run(arm, world, num_steps)
 
     def block(rows):
         seeds, noises, settings = rows
-        data = draw(seeds, noises)
-        return compute(data, start(seeds, data.reference), settings)
+        return compute(*start_runs(world, seeds, noises), settings)
 
     return in_blocks(block, [case.row for case in cases], runs_at_once)
 
@@ -265,10 +280,10 @@ COMPARED = (ADPO, "DPO, one pair", "DPO, all pairs", "unanchored list", "PPO")
 
 
 def _seconds(num_runs: int, config: BanditConfig, hidden: int) -> float:
-    """Of so many runs: a guess for two cores; a larger network takes more."""
+    """Of so many runs, as measured on two cores; a larger network takes more."""
     updates = config.num_steps + config.world.reference_steps
-    share = config.world.groups_per_step / 128 * (hidden / 64) ** 1.5
-    return 10 + num_runs * updates * share * 1e-3
+    share = config.world.groups_per_step / 128 * (hidden / 64) ** 1.2
+    return 5 + num_runs * updates * share * 7e-4
 
 
 def jobs(config: BanditConfig) -> list[Job]:
