@@ -51,6 +51,7 @@ setup(
         ],
         "tpu": ["jax[tpu]", "gcsfs>=2026.4"],  # gcsfs: what lies on gs://
         "wandb": ["wandb>=0.19"],
+        "envs": ["gymnasium[mujoco]>=1.3,<2"],  # HalfCheetah-v5, Hopper-v5
         "cuda": ["jax[cuda12]"],  # runs on newer drivers too; cuda13 would not on older
     },
 )

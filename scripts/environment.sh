@@ -71,7 +71,8 @@ megabytes() {
       parity) total=$((total + 5000)) ;;
       cuda) total=$((total + 5000)) ;;
       tpu) total=$((total + 750)) ;;
-      *) fail "EXTRAS: \`$extra\` is unknown; there are cuda, tpu, test and parity." ;;
+      envs) total=$((total + 150)) ;;
+      *) fail "EXTRAS: \`$extra\` is unknown; there are cuda, envs, tpu, test and parity." ;;
     esac
   done
   printf '%s\n' "$total"

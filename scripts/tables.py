@@ -486,13 +486,10 @@ def tpu(records) -> str:
 
 
 ADPO_RECORD = "adpo"
+ADPO_CONTROL_RECORD = "adpo_control"
 
 
-def adpo_claims(records) -> str:
-    """The paper's claims with their verdicts, and how they were reached."""
-    if ADPO_RECORD not in records:
-        return "not run\n"
-    record = records[ADPO_RECORD]
+def _adpo_verdicts(record) -> str:
     rows = [
         [
             found["claim"],
@@ -505,13 +502,25 @@ def adpo_claims(records) -> str:
         for found in record["results"]["verdicts"]
     ]
     columns = ["claim", "verdict", "effect", "of what", "needed", "remarks"]
-    suite = record["config"]["bandits"]
+    return markdown(columns, rows)
+
+
+def _adpo_made(record, seeds) -> str:
     environment = record["environment"]
-    return markdown(columns, rows) + (
-        f"\n{suite['num_seeds']} paired seeds, {suite['num_steps']} updates; "
-        f"{record['seconds'] / 60:.0f} minutes on {environment['device']}; commit "
-        f"{environment['commit'][:12]}.\n"
+    return (
+        f"\n{seeds}; {record['seconds'] / 60:.0f} minutes on "
+        f"{environment['device']}; commit {environment['commit'][:12]}.\n"
     )
+
+
+def adpo_claims(records) -> str:
+    """The paper's claims with their verdicts, and how they were reached."""
+    if ADPO_RECORD not in records:
+        return "not run\n"
+    record = records[ADPO_RECORD]
+    suite = record["config"]["bandits"]
+    made = f"{suite['num_seeds']} paired seeds, {suite['num_steps']} updates"
+    return _adpo_verdicts(record) + _adpo_made(record, made)
 
 
 def adpo_scenarios(records) -> str:
@@ -528,6 +537,26 @@ def adpo_scenarios(records) -> str:
         for name, values in results["win_mass"].items()
     ]
     return markdown(["method", *results["scenarios"], "mean"], rows)
+
+
+def adpo_control(records) -> str:
+    """Students of the simulated tasks, and what became of the claims."""
+    if ADPO_CONTROL_RECORD not in records:
+        return "not run\n"
+    record = records[ADPO_CONTROL_RECORD]
+    rows = [
+        [
+            *(found["task"], found["name"]),
+            _interval(found["returned"], digits=0),
+            *(_interval(found[part], digits=2) for part in ("share", "kl", "ndcg")),
+            found["temperature"],
+        ]
+        for found in record["results"]["distillation"]
+    ]
+    columns = ["task", "student", "return", "of our teacher", "KL, nats", "NDCG", "T"]
+    made = f"{record['config']['distillation']['num_seeds']} paired seeds"
+    students = markdown(columns, rows)
+    return students + "\n" + _adpo_verdicts(record) + _adpo_made(record, made)
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
@@ -548,6 +577,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "tpu": tpu,
     "adpo-claims": adpo_claims,
     "adpo-scenarios": adpo_scenarios,
+    "adpo-control": adpo_control,
 }
 
 

@@ -2,7 +2,7 @@
 # The tests, in the .venv that quickstart.sh makes and uses too: CPU, no network.
 #
 #   bash scripts/test.sh                      the default suite
-#   bash scripts/test.sh --all                also the slow tests and those against TRL, rlax ...
+#   bash scripts/test.sh --all                also the slow tests and those against TRL, MuJoCo ...
 #   bash scripts/test.sh tests/data -k rows   what else pytest takes; paths from the root
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
@@ -15,7 +15,7 @@ export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 arguments=(-n logical --maxprocesses 4 --dist loadfile --durations=15)
 for argument in "$@"; do
   if [ "$argument" = --all ]; then
-    extras='test parity'
+    extras='test parity envs'
     unset JAX_DISABLE_MOST_OPTIMIZATIONS
     selection=(-m 'slow or not slow')
   else

@@ -182,7 +182,7 @@ def test_an_unknown_extra_is_an_error(machine):
     write_program(machine.bin / "python3", python())
     status, output = machine.run("quickstart.sh", EXTRAS="gpu")
     assert status == 1
-    assert "`gpu` is unknown; there are cuda, tpu, test and parity" in output
+    assert "`gpu` is unknown; there are cuda, envs, tpu, test and parity" in output
 
 
 @pytest.mark.parametrize("damage", ["python gone", "half made", "no python"])

@@ -13,6 +13,7 @@ from experiments.worlds import bandits
 from experiments.worlds.command import run_command, where_is
 from experiments.worlds.jobs import Job, run_jobs
 from pref_jax import processes, report
+from pref_jax.evals.preference import bootstrap_interval
 from pref_jax.train import run as run_lib
 from pref_jax.train.checkpoint import PreemptionGuard
 
@@ -21,26 +22,48 @@ _logger = logging.getLogger("pref_jax.experiments")
 
 def make_jobs(config: Config, folder, guard) -> list[Job]:
     """All runs of the experiment."""
-    return [
-        *suite.jobs(config.bandits),
-        *online.jobs(config.online),
-        *distillation.jobs(config.distillation),
-        *language.jobs(config.language, folder / "language", guard),
-    ]
+    found = []
+    if config.bandits is not None:
+        found += suite.jobs(config.bandits)
+    if config.online is not None:
+        found += online.jobs(config.online)
+    if config.distillation is not None:
+        found += distillation.jobs(config.distillation)
+    if config.language is not None:
+        found += language.jobs(config.language, folder / "language", guard)
+    if not found:
+        raise ValueError("all parts are left out: there is nothing to run.")
+    return found
 
 
 def summarise(results, found) -> dict:
     """The numbers of a run for its record: verdicts, and means over seeds."""
     measured = verdicts.Measured(results)
-    names = (suite.REFERENCE, *(f"test/{name}" for name in suite.ARMS))
-    return {
-        "scenarios": list(bandits.SCENARIOS),
-        "verdicts": [dataclasses.asdict(verdict) for verdict in found],
-        "win_mass": {
-            name.removeprefix("test/"): measured.of(name).mean(-1).tolist()
-            for name in names
-        },
-    }
+    summary = {"verdicts": [dataclasses.asdict(verdict) for verdict in found]}
+    if measured.has("bandits"):
+        names = (suite.REFERENCE, *(f"test/{name}" for name in suite.ARMS))
+        summary |= {
+            "scenarios": list(bandits.SCENARIOS),
+            "win_mass": {
+                name.removeprefix("test/"): measured.of(name).mean(-1).tolist()
+                for name in names
+            },
+        }
+    if measured.has("distillation"):
+        summary["distillation"] = [
+            dataclasses.asdict(row) for row in measured.students()
+        ]
+    if measured.has("language"):
+        summary["language"] = [
+            {"flip_rate": rate, "method": arm.name}
+            | {
+                part: bootstrap_interval(measured.language(rate, arm.name, part))
+                for part in ("reward", "kl")
+            }
+            for rate in measured.flip_rates
+            for arm in language.ARMS
+        ]
+    return summary
 
 
 def run_config(config: Config):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.adpo.distillation import DistillationConfig
+from tyro.conf import AvoidSubcommands
+
+from experiments.adpo.distillation import SIMULATED, DistillationConfig
 from experiments.adpo.language import LanguageConfig
 from experiments.adpo.online import OnlineConfig
 from experiments.adpo.suite import BanditConfig
@@ -17,12 +19,12 @@ from pref_jax.train.stage import StageConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The parts of the experiment."""
+    """The parts of the experiment; None: that part is left out."""
 
-    language: LanguageConfig
-    bandits: BanditConfig = BanditConfig()
-    online: OnlineConfig = OnlineConfig()
-    distillation: DistillationConfig = DistillationConfig()
+    language: AvoidSubcommands[LanguageConfig | None]
+    bandits: AvoidSubcommands[BanditConfig | None] = BanditConfig()
+    online: AvoidSubcommands[OnlineConfig | None] = OnlineConfig()
+    distillation: AvoidSubcommands[DistillationConfig | None] = DistillationConfig()
     name: str | None = None  # of the run; None: continue an unfinished run, or a number
     root: str = "runs/adpo"  # folder of the runs
 
@@ -97,4 +99,17 @@ SMOKE = Config(
         runs_at_once=44,
     ),
 )
-PRESETS = {"small": SMALL, "smoke": SMOKE}
+CONTROL = Config(
+    language=None,
+    bandits=None,
+    online=None,
+    distillation=DistillationConfig(
+        tasks=SIMULATED,
+        hidden=64,
+        num_states=10_000,
+        num_steps=3_000,
+        states_per_step=256,
+        num_episodes=10,
+    ),
+)
+PRESETS = {"small": SMALL, "smoke": SMOKE, "control": CONTROL}
