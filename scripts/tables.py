@@ -547,13 +547,14 @@ def adpo_control(records) -> str:
     rows = [
         [
             *(found["task"], found["name"]),
-            _interval(found["returned"], digits=0),
+            *(_interval(found[part], digits=0) for part in ("returned", "likeliest")),
             *(_interval(found[part], digits=2) for part in ("share", "kl", "ndcg")),
             found["temperature"],
         ]
         for found in record["results"]["distillation"]
     ]
-    columns = ["task", "student", "return", "of our teacher", "KL, nats", "NDCG", "T"]
+    columns = ["task", "student", "return", "at likeliest actions", "of our teacher"]
+    columns += ["KL, nats", "NDCG", "T"]
     made = f"{record['config']['distillation']['num_seeds']} paired seeds"
     students = markdown(columns, rows)
     return students + "\n" + _adpo_verdicts(record) + _adpo_made(record, made)

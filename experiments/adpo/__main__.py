@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 
 from experiments import adpo
 from experiments.adpo import distillation, language, online, page, suite, verdicts
@@ -68,7 +67,6 @@ def summarise(results, found) -> dict:
 
 def run_config(config: Config):
     """Run, or continue, the run of a config; returns its report's path."""
-    began = time.perf_counter()
     values = dataclasses.asdict(config)
     with (
         run_lib.open_run(config.root, config=values, name=config.name) as folder,
@@ -80,7 +78,7 @@ def run_config(config: Config):
         found = verdicts.judge(results)
         meta = {
             **run_lib.environment(),
-            "duration": time.perf_counter() - began,
+            "duration": sum(result["seconds"] for result in results.values()),
             "starts": run_lib.count_starts(folder),
         }
         finished = page.make_report(
@@ -97,7 +95,7 @@ def run_config(config: Config):
             "results": summarise(results, found),
             "config": values,
             "environment": run_lib.environment(),
-            "seconds": meta["duration"],  # of the last start
+            "seconds": meta["duration"],  # of all jobs
             "starts": meta["starts"],
             "report": report.to_json(finished),
         }

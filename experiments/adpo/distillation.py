@@ -13,7 +13,8 @@ students is the listwise cross-entropy; they differ in the anchor:
 Each student has four temperatures and is reported at the best, by the return on
 episodes that are not reported. Measured on fresh episodes: return, also as a share of
 the teacher's; KL(teacher || student) at states of the teacher; NDCG of the student's
-order of the candidates.
+order of the candidates. A control: the return at the likeliest actions, since a student
+that is sharper than its teacher returns more by drawing fewer bad ones.
 
 Source: ADPO, arXiv:2510.18913v6, on the MuJoCo tasks HalfCheetah-v5 and Hopper-v5. Its
 teachers are not published; here every task has one of our own, and classic control is
@@ -199,14 +200,18 @@ def _measure(task, policy, params, teacher, config, seed: int) -> dict[str, floa
     """On fresh episodes: the policy's own, and the teacher's for what is compared."""
     teacher_policy, teacher_params = teacher
     keys = jax.random.split(jax.random.key(seed), 2)
-    episodes = play(task, policy, params, keys[0], config.num_episodes, False)
+    drawn, likeliest = (
+        play(task, policy, params, keys[0], config.num_episodes, best).returns.mean()
+        for best in (False, True)
+    )
     data = _draw(task, teacher_policy, teacher_params, keys[1], config)
     scores = policy.logps(params, data.context, data.items)
     relevance = jax.nn.softmax(data.labels)
     divergence = policy.divergence(teacher_params, params, data.context)
     gain = ndcg(np.asarray(scores), np.asarray(relevance), k=scores.shape[-1])
     return {
-        "return": float(episodes.returns.mean()),
+        "return": float(drawn),
+        "likeliest": float(likeliest),
         "kl": float(divergence.mean()),
         "ndcg": float(gain.mean()),
     }
@@ -223,12 +228,13 @@ def _of_teacher(task_name: str, config: DistillationConfig, results) -> dict:
     params, returns = train_teacher(task, policy, training, jax.random.key(0))
     untrained = policy.init(jax.random.key(1), normaliser=params.get("normaliser"))
     found, start = (
-        _measure(task, policy, p, (policy, params), config, _MEASURING_SEED)["return"]
+        _measure(task, policy, p, (policy, params), config, _MEASURING_SEED)
         for p in (params, untrained)
     )
     return {
-        "return": found,
-        "untrained": start,
+        "return": found["return"],
+        "likeliest": found["likeliest"],
+        "untrained": start["return"],
         "rounds": returns,
         "params": params,
     }

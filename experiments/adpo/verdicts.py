@@ -58,6 +58,7 @@ class Student:
       name: of the student.
       temperature: that it was reported at.
       returned: mean return of an episode.
+      likeliest: the same where the likeliest action is taken.
       gain: the return as a share of the teacher's, both less that of an untrained
         policy. Returns may be negative, and none is what nobody has learnt.
       share: the return as a share of the teacher's, as the paper's text has it.
@@ -69,6 +70,7 @@ class Student:
     name: str
     temperature: float
     returned: Interval
+    likeliest: Interval
     gain: Interval
     share: Interval
     kl: Interval
@@ -118,10 +120,10 @@ class Measured:
         found = (name.split("/") for name in self._results)
         return list(dict.fromkeys(p[1] for p in found if p[0] == "distillation"))
 
-    def teacher(self, task: str) -> tuple[float, float]:
-        """Mean return of a task's teacher, and of an untrained policy."""
+    def teacher(self, task: str) -> tuple[float, float, float]:
+        """Returns of a task's teacher, of no training, of its likeliest actions."""
         found = self._results[f"distillation/{task}/{distillation.TEACHER}"]
-        return found["return"], found["untrained"]
+        return found["return"], found["untrained"], found["likeliest"]
 
     def students(self) -> list[Student]:
         """Every student of every task."""
@@ -134,14 +136,15 @@ class Measured:
     def _student(self, task: str, name: str) -> Student:
         found = {
             part: self.distillation(task, name, part)
-            for part in ("return", "kl", "ndcg")
+            for part in ("return", "likeliest", "kl", "ndcg")
         }
-        returned, (full, none) = found["return"], self.teacher(task)
+        returned, (full, none, _) = found["return"], self.teacher(task)
         return Student(
             task=task,
             name=name,
             temperature=self._results[f"distillation/{task}/{name}"]["temperature"],
             returned=bootstrap_interval(returned),
+            likeliest=bootstrap_interval(found["likeliest"]),
             gain=bootstrap_interval((returned - none) / (full - none)),
             share=bootstrap_interval(returned / full),
             kl=bootstrap_interval(found["kl"]),
@@ -297,14 +300,26 @@ def _language(measured: Measured, rival: str) -> Verdict:
 
 
 def _distillation(measured: Measured, task: str, student: str, part: str) -> Verdict:
-    kd, ours = (
-        measured.distillation(task, name, part) for name in (distillation.KD, student)
-    )
-    effect = bootstrap_interval(kd - ours if part == "kl" else ours - kd)
+    def over_kd(part):
+        ours, kd = (
+            measured.distillation(task, name, part)
+            for name in (student, distillation.KD)
+        )
+        return bootstrap_interval(kd - ours if part == "kl" else ours - kd)
+
+    effect = over_kd(part)
     what, unit = {
         "kl": ("stays nearer to its teacher", "KL of plain distillation less its own"),
         "return": ("returns more", "return less that of plain distillation"),
     }[part]
+    means = (
+        measured.distillation(task, name, part).mean()
+        for name in (student, distillation.KD)
+    )
+    note = "{:.4g} against {:.4g}, means".format(*means)
+    if part == "return":
+        control = over_kd("likeliest")
+        note += "; at the likeliest actions {:.4g} [{:.4g}, {:.4g}]".format(*control)
     return Verdict(
         claim=f"Distilled on {task}, the student {student} {what} than plain "
         f"distillation at its best temperature.",
@@ -312,7 +327,7 @@ def _distillation(measured: Measured, task: str, student: str, part: str) -> Ver
         effect=effect,
         unit=unit + ", nats" * (part == "kl"),
         verdict=HOLDS if effect.low > 0 else FAILS,
-        note=f"{ours.mean():.4g} against {kd.mean():.4g}, means",
+        note=note,
     )
 
 

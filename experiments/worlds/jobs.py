@@ -58,7 +58,8 @@ def run_jobs(
       guard: says when to stop, which happens between two jobs.
 
     Returns:
-      The results of all jobs by name.
+      The results of all jobs by name; with those of a job stand the `seconds` that it
+      took.
 
     Raises:
       ValueError: two jobs have one name.
@@ -86,12 +87,13 @@ def run_jobs(
                     )
                 began = time.perf_counter()
                 result = _plain(job.compute(found))
+                result["seconds"] = time.perf_counter() - began
                 paths[job.name].parent.mkdir(parents=True, exist_ok=True)
                 _write(paths[job.name], result)
                 found[job.name] = run_lib.as_read_back(result)
                 _logger.info(
                     "%s: %d runs, %.0f s",
-                    *(job.name, job.num_runs, time.perf_counter() - began),
+                    *(job.name, job.num_runs, result["seconds"]),
                 )
             progress.count(number)
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 
 from pref_jax.envs.control import Episodes
 from pref_jax.types import PyTree
+
+_logger = logging.getLogger("pref_jax.envs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +65,24 @@ def _environment(name: str, number: int):
     del number
     try:
         import gymnasium
-        import mujoco  # noqa: F401
+        import mujoco
     except ImportError as error:
         raise ImportError(
             f"{name} needs Gymnasium and MuJoCo; run: pip install 'pref_jax[envs]'."
         ) from error
+    if mujoco.get_mju_user_warning() is None:  # which would write a file right here
+        mujoco.set_mju_user_warning(_warn)
     try:
         # The checker looks at every step again, which takes longer than the step.
         return gymnasium.make(name, disable_env_checker=True)
     except gymnasium.error.Error as error:
         raise ValueError(f"Gymnasium cannot make the task {name!r}: {error}") from error
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """What MuJoCo has to say, once."""
+    _logger.warning("MuJoCo: %s", message)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -103,6 +103,19 @@ def test_a_task_without_a_limit_of_steps_is_refused(lines, monkeypatch):
 
 
 @pytest.mark.slow
+def test_warnings_go_to_the_log_once_and_to_no_file(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("mujoco")
+    monkeypatch.chdir(tmp_path)
+    mujoco._environment.cache_clear()
+    mujoco._warn.cache_clear()
+    for number in range(2):
+        mujoco._environment("HalfCheetah-v5", number)
+    assert not list(tmp_path.iterdir())
+    lines = [r.message for r in caplog.records if r.message.startswith("MuJoCo: ")]
+    assert len(lines) == len(set(lines))
+
+
+@pytest.mark.slow
 def test_an_unknown_task_is_named():
     pytest.importorskip("mujoco")
     with pytest.raises(ValueError, match="cannot make the task 'HalfChetah-v5'"):
