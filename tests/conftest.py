@@ -31,6 +31,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("pref_jax")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Says whether pages were looked at in a browser."""
+    counts = {
+        kind: sum("browser" in x.keywords for x in terminalreporter.getreports(kind))
+        for kind in ("passed", "failed", "skipped")
+    }
+    ran, skipped = counts["passed"] + counts["failed"], counts["skipped"]
+    if ran or skipped:
+        done = f"{ran} tests of pages ran" if ran else "no test of a page ran"
+        terminalreporter.write_line(f"browser: {done}, {skipped} skipped")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_heap():
     """What earlier modules left behind is looked at by no later collection of garbage.

@@ -280,4 +280,4 @@ def test_the_tests_run_from_the_root_and_all_adds_the_slow_ones(machine):
     log = machine.log.read_text()
     assert "run slow or not slow\n" in log
     assert log.endswith("run --durations=15\nrun -x\n")
-    assert machine.installs() == [".[test,parity]"]
+    assert machine.installs() == [".[test,parity,envs]"]

@@ -231,7 +231,7 @@ def own_task(
     ]
     grade_parts = None
     if grade is not None:
-        grade_parts = _load_grade(grade)
+        grade_parts = load_grade(grade)
         # A grade that fails should do so now, and not when everything is trained.
         grade_parts(prompts[1][0], encoder.decode(groups[1][0].responses[0]))
     return Task(
@@ -272,7 +272,7 @@ def _is_heldout(prompt, rate=0.1) -> bool:
     return int.from_bytes(digest, "big") < rate * 2**64
 
 
-def _load_grade(name: str):
+def load_grade(name: str):
     """The user's function; a plain number becomes {"reward": number}."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())

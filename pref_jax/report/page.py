@@ -10,7 +10,7 @@ import os
 import jinja2
 from etils import epath
 
-from pref_jax.report import plots
+from pref_jax.report import heat, plots
 from pref_jax.report.parts import (
     Card,
     Cell,
@@ -21,6 +21,7 @@ from pref_jax.report.parts import (
     NotRun,
     Panel,
     Report,
+    TokenMaps,
     to_json,
 )
 
@@ -57,6 +58,13 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
             panel, styles, prefix, label=_described(panel)
         ),
         fact=_fact,
+        heat_scales=heat.scales,
+        heat_spans=heat.spans,
+        most_quantities=max(
+            (len(s.quantities) for s in report.sections if isinstance(s, TokenMaps)),
+            default=0,
+        ),
+        number=_number,
         left_out=plots.left_out,
         series_names=plots.series_names,
         shown=_shown,

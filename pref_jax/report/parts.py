@@ -271,6 +271,70 @@ class Samples(_Node):
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenMap(_Node):
+    """A response, token by token, with numbers for each token.
+
+    Attributes:
+      tokens: N texts, shown as they are.
+      values: name of a quantity -> N numbers; what is not finite has no colour.
+      marked: numbers of the tokens, from 0, that are underlined.
+    """
+
+    tokens: tuple[str, ...]
+    values: dict[str, tuple[float, ...]]
+    marked: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, values in self.values.items():
+            _need_length(
+                f"TokenMap.values[{name!r}]", values, of="tokens", like=self.tokens
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSample(_Node):
+    """A response to a prompt, and one map of it for each column of `TokenMaps`."""
+
+    prompt: str
+    name: str
+    maps: tuple[TokenMap, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMaps(_Node):
+    """Responses whose tokens are coloured by a quantity that the reader chooses.
+
+    Attributes:
+      title: heading of the section.
+      columns: what made the numbers, such as two models, side by side.
+      quantities: name -> what it is, with its unit; the first is shown at first. A
+        token tells all of its numbers when the pointer is on it.
+      rows: the responses.
+      note: caption.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    quantities: dict[str, str]
+    rows: tuple[TokenSample, ...]
+    note: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for i, row in enumerate(self.rows):
+            where = f"TokenMaps.rows[{i}].maps"
+            _need_length(where, row.maps, of="columns", like=self.columns)
+            for found in row.maps:
+                unknown = sorted(set(found.values) - set(self.quantities))
+                if unknown:
+                    raise ValueError(
+                        f"`{where}` needs values of {list(self.quantities)}; got "
+                        f"{unknown} too."
+                    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(_Node):
     """Settings as nested dicts of plain values, folded until the reader opens them."""
 
@@ -278,7 +342,7 @@ class Config(_Node):
     values: dict[str, object]
 
 
-Section = Text | Table | Curves | Comparisons | Histogram | Samples | Config
+Section = Text | Table | Curves | Comparisons | Histogram | Samples | TokenMaps | Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,8 +354,8 @@ class Report(_Node):
       subtitle: one line: method, model, data.
       summary: one paragraph: what was found.
       cards: headline numbers.
-      sections: `Text`, `Table`, `Curves`, `Comparisons`, `Histogram`, `Samples` or
-        `Config`.
+      sections: `Text`, `Table`, `Curves`, `Comparisons`, `Histogram`, `Samples`,
+        `TokenMaps` or `Config`.
       meta: facts of the run for the foot of the page, in this order: versions (a
         dict), commit, command, hardware and the like; `duration` is in seconds.
     """

@@ -30,6 +30,9 @@ from pref_jax.report import (
     Series,
     Table,
     Text,
+    TokenMap,
+    TokenMaps,
+    TokenSample,
     from_json,
     read_metrics,
     to_json,
@@ -39,7 +42,7 @@ from pref_jax.report.__main__ import main
 from pref_jax.report.plots import draw
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
-VOID = {"meta", "link", "line", "path", "use", "rect"}
+VOID = {"meta", "link", "line", "path", "use", "rect", "input"}
 
 
 class Page(html.parser.HTMLParser):
@@ -523,3 +526,53 @@ def test_a_broken_line_is_refused_with_file_and_line(tmp_path, line, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_metrics(path)
     assert f"{path}, line 2: " in str(error.value)
+
+
+# --- token maps -----------------------------------------------------------------------
+
+
+def token_maps(**changes):
+    shown = TokenMap(("a", HOSTILE), {"Q": (1.0, -4.0), "V": (math.nan, 0.0)}, (1,))
+    settings = {
+        "title": "Tokens",
+        "columns": ("policy", "reference"),
+        "quantities": {"Q": "a logit", "V": "a log-sum-exp"},
+        "rows": (TokenSample(HOSTILE, "row 0", (shown, shown)),),
+    }
+    return TokenMaps(**settings | changes)
+
+
+def test_token_maps_survive_json():
+    report = Report("Page", sections=(token_maps(),))
+    assert from_json(json.loads(json.dumps(to_json(report)))) == report
+
+
+def test_a_token_has_a_colour_for_each_finite_number(tmp_path):
+    write_report(Report("Page", sections=(token_maps(),)), tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    tokens = [a for tag, a in page.elements if a.get("class", "").startswith("token")]
+    assert [t["style"] for t in tokens[:2]] == [
+        "--q0:rgb(15 98 196/0.19)",  # V has no colour: its only finite number is 0
+        "--q0:rgb(220 106 12/0.75)",
+    ]
+    assert [t["data-values"] for t in tokens[:2]] == [
+        "Q 1.000\nV \u2013",
+        "Q \u22124.000\nV 0.000",
+    ]
+    assert [t["class"] for t in tokens] == ["token", "token marked"] * 2
+    chosen = [a for tag, a in page.elements if a.get("type") == "radio"]
+    assert ["checked" in a for a in chosen] == [True, False]
+    assert not any(tag == "script" for tag, _ in page.elements)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TokenMap(("a",), {"Q": (1.0, 2.0)}), "TokenMap.values['Q']"),
+        (lambda: token_maps(columns=("policy",)), "TokenMaps.rows[0].maps"),
+        (lambda: token_maps(quantities={"Q": "a logit"}), "got ['V'] too"),
+    ],
+)
+def test_token_maps_that_do_not_agree_are_refused(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
