@@ -59,6 +59,7 @@ def test_rows_are_full_while_one_size_grows():
         assert len(set(sizes)) == len(sizes), name
 
 
+@pytest.mark.slow
 def test_the_share_of_the_peak_is_that_of_useful_flops(monkeypatch):
     small = benchmark._sizes(SMALL)
     monkeypatch.setattr(step_variants, "DEEP", small)
@@ -82,6 +83,7 @@ def test_the_share_of_the_peak_is_that_of_useful_flops(monkeypatch):
         assert 0.05 < products < 1
 
 
+@pytest.mark.slow
 def test_the_loop_takes_the_steps_that_are_timed_alone():
     sizes = dataclasses.replace(benchmark._sizes(SMALL), vocab_size=150)
     line = loop_variants.measure(calls=20, dtype="float32", sizes=sizes)

@@ -239,6 +239,7 @@ def no_process(monkeypatch):
     monkeypatch.setattr(mutants, "_Worker", start)
 
 
+@pytest.mark.slow
 def test_a_good_test_catches_a_weak_one_lets_pass(root, capsys, monkeypatch):
     record = mutants.run(Config(jobs=1, confirm=1, write="docs/records"), root)
     assert record["files"] == {
@@ -303,6 +304,7 @@ def test_an_interrupted_command_goes_on(root, monkeypatch):
     assert record["files"][FILE]["caught"] == 1
 
 
+@pytest.mark.slow
 def test_one_that_hangs_or_dies_is_caught(root):
     (root / FILE).write_text(
         "import os\n\n\ndef count(n):\n"
@@ -372,6 +374,7 @@ def test_a_file_without_tests_is_an_error(root, no_process):
         mutants.run(Config(files=("pref_jax/x.py",)), root)
 
 
+@pytest.mark.slow
 def test_a_result_that_a_fresh_process_does_not_find_is_told(root):
     found = mutants.find_mutants(root)
     before = (root / FILE).read_text()

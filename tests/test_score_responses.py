@@ -69,6 +69,7 @@ def alone(model_path, prompt, response):
     return float(logps[-n:].sum()), n
 
 
+@pytest.mark.slow
 def test_each_model_scores_the_responses_in_its_own_tokens(config):
     path = score_responses.run(config)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

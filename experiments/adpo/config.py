@@ -88,7 +88,7 @@ SMOKE = Config(
         reference_steps=(),
         taus=(0.5, 2.0),
         temperatures=(0.5, 2.0),
-        runs_at_once=108,
+        runs_at_once=36,
     ),
     online=OnlineConfig(
         world=_TINY,
@@ -96,7 +96,7 @@ SMOKE = Config(
         measure_every=10,
         num_seeds=2,
         num_tuning_seeds=1,
-        runs_at_once=44,
+        runs_at_once=24,
     ),
 )
 CONTROL = Config(

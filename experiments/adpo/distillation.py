@@ -269,7 +269,9 @@ def jobs(config: DistillationConfig) -> list[Job]:
     for task in config.tasks:
         # A simulated episode of a thousand steps takes a tenth of a second and more.
         simulated = task in SIMULATED
-        seconds = (200 if config.teacher_updates is None else 20) if simulated else 60
+        seconds = 200 if simulated else 30
+        if config.teacher_updates is not None:
+            seconds = 10
         compute = functools.partial(_of_teacher, task, config)
         found.append(Job(_job_name(task, TEACHER), 1, seconds, compute))
         seconds = 10 + num_runs * (config.num_steps * 2e-3 + 8 * simulated)

@@ -283,7 +283,7 @@ def _seconds(num_runs: int, config: BanditConfig, hidden: int) -> float:
     """Of so many runs, as measured on two cores; a larger network takes more."""
     updates = config.num_steps + config.world.reference_steps
     share = config.world.groups_per_step / 128 * (hidden / 64) ** 1.2
-    return 5 + num_runs * updates * share * 7e-4
+    return 2 + num_runs * updates * share * 7e-4
 
 
 def jobs(config: BanditConfig) -> list[Job]:

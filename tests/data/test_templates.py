@@ -311,6 +311,7 @@ def test_the_identity_changes_with_the_date_that_a_template_writes(monkeypatch):
     assert different == {"chat_probe"}
 
 
+@pytest.mark.slow
 def test_the_identity_is_the_same_in_every_process(tmp_path):
     tokenizer = make("unigram", special=["<think>"], pad_token="</s>")
     tokenizer.chat_template = CHATML

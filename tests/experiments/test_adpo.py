@@ -158,6 +158,7 @@ def close(found, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_pair", [True, False])
 def test_the_arm_of_dpo_is_dpo_with_beta_one_over_tau(one_pair):
     batch, policy, params, anchor = draw(one_pair)
@@ -245,6 +246,7 @@ def cases(*seeds):
     ]
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_what_is_computed_beside_them():
     options = {"num_steps": 4, "runs_at_once": 3}
     together = suite.run(ARMS[ADPO], WORLD, cases(0, 1), **options)
@@ -257,6 +259,7 @@ def test_runs_do_not_depend_on_what_is_computed_beside_them():
     assert len(set(together["test/win_mass"].tolist())) == 8
 
 
+@pytest.mark.slow
 def test_arms_of_one_seed_start_from_one_reference():
     options = {"num_steps": 4, "runs_at_once": 2}
     still = dataclasses.replace(SETTING, learning_rate=0.0)

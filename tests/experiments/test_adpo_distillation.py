@@ -50,6 +50,7 @@ def test_leaving_out_every_part_is_an_error():
         make_jobs(nothing, epath.Path("nowhere"), None)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_kept_with_its_results(tmp_path):
     teacher, *_ = distillation.jobs(TINY)
     found = run_jobs("test", [teacher], epath.Path(tmp_path), Never())

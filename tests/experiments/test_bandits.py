@@ -103,6 +103,7 @@ def test_the_measures_are_those_of_the_library():
     np.testing.assert_allclose(found["accuracy"], best, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", ["fixed", "snapshot"])
 def test_seeds_that_train_together_are_seeds_that_train_alone(anchor):
     anchor = {

@@ -127,6 +127,7 @@ class Line:
         return np.array([self.place]), -abs(self.place - 50) / 10, False, False, {}
 
 
+@pytest.mark.slow
 def test_a_teacher_of_a_simulated_task_learns_and_stops_in_time(monkeypatch):
     low, high = np.float32([-2.0]), np.float32([2.0])
     Line.action_space = type("Box", (), {"low": low, "high": high})

@@ -312,6 +312,7 @@ def config(folder, out, **changes):
     return command.Config(**settings | changes)
 
 
+@pytest.mark.slow
 def test_the_page_and_the_numbers_are_of_both_models(models_and_data, tmp_path):
     path = command.run(config(models_and_data, tmp_path / "out", beta=BETA))
     text = path.read_text()

@@ -334,6 +334,7 @@ def test_runs_that_agree_may_agree_on_what_is_wrong(rows):
     assert min(apart[name] for name in ("V*(s)", "Q*(s, a)", "r(s, a)")) > 0.1
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table(monkeypatch, capsys):
     command = "token_mdp --max-length 1 --num-tokens 3 --beta 1"
     monkeypatch.setattr(sys, "argv", command.split())

@@ -199,6 +199,7 @@ def stage(tmp_path_factory):
     return folder, *train(folder, Watching), seen
 
 
+@pytest.mark.slow
 def test_dpo_of_adapters_holds_the_base_once(stage):
     """The base is policy and anchor: each of its arrays is there once at any step."""
     *_, seen = stage
@@ -211,6 +212,7 @@ def test_dpo_of_adapters_holds_the_base_once(stage):
         assert shapes.count(block["attention"]["query"].shape) == 1
 
 
+@pytest.mark.slow
 def test_the_base_stays_as_it_was_and_the_adapters_move(stage):
     _, frozen, trained, _ = stage
     jax.tree.map(np.testing.assert_array_equal, frozen, tiny_stage.make_params())
@@ -219,6 +221,7 @@ def test_the_base_stays_as_it_was_and_the_adapters_move(stage):
     assert b > 1e-3
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_a_policy_which_is_its_anchor(stage):
     folder, *_ = stage
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -227,6 +230,7 @@ def test_the_first_loss_is_that_of_a_policy_which_is_its_anchor(stage):
     assert last["validation/loss"] != pytest.approx(np.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_adapters_and_name_the_base(stage):
     folder, frozen, trained, _ = stage
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
@@ -238,12 +242,14 @@ def test_checkpoints_hold_the_adapters_and_name_the_base(stage):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == expected
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(stage, tmp_path):
     folder = shutil.copytree(stage[0], tmp_path / "stage")
     with pytest.raises(ValueError, match="stage tiny .* another config: base: saved"):
         train(folder, shift=1.0)
 
 
+@pytest.mark.slow
 def test_adapters_of_another_scale_are_refused_by_a_finished_stage(
     stage, tmp_path, monkeypatch
 ):

@@ -115,6 +115,7 @@ def assert_same_end(folder, straight):
             np.testing.assert_array_equal(params[name], expected[name])
 
 
+@pytest.mark.slow
 def test_two_kills_and_a_stop_change_nothing(straight, tmp_path):
     cache = straight / "cache"
     killed = -signal.SIGKILL

@@ -99,6 +99,7 @@ def runs(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_fifty_steps_are_those_of_a_live_anchor(runs):
     (live, live_params, _), (stored, stored_params, _) = runs["live"], runs["stored"]
     assert len(live) == len(stored) == NUM_STEPS + 1
@@ -117,6 +118,7 @@ def test_fifty_steps_are_those_of_a_live_anchor(runs):
     assert live[0]["loss"] != pytest.approx(live[NUM_STEPS - 1]["loss"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_training_on_stored_logps_holds_no_anchor(runs):
     # Two matrices of that shape in the policy, in both moments of the optimiser and in
     # what `tiny_stage.train` holds itself; the live run has the anchor as well.
