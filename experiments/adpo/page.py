@@ -10,8 +10,9 @@ from experiments.adpo import language, online
 from experiments.adpo.arms import ADPO, ARMS, SAME_PAIRS
 from experiments.adpo.distillation import SIMULATED
 from experiments.adpo.suite import MEDIUM, REFERENCE, BanditConfig
-from experiments.adpo.verdicts import DYNAMIC, FAILS, HOLDS, Measured, Verdict
+from experiments.adpo.verdicts import DYNAMIC, Measured
 from experiments.worlds import bandits
+from experiments.worlds.claims import Verdict, verdict_cards, verdict_table
 from experiments.worlds.sections import estimate
 from pref_jax import report
 from pref_jax.evals.preference import Interval, bootstrap_interval
@@ -22,34 +23,6 @@ _OF_MEDIUM = [list(bandits.SCENARIOS).index(name) for name in MEDIUM]
 
 def _shown(interval: Interval) -> report.Estimate:
     return report.Estimate(*interval)
-
-
-def verdict_table(verdicts: Sequence[Verdict]) -> report.Table:
-    """Every claim with its verdict."""
-    return report.Table(
-        "The paper's claims",
-        columns=(
-            report.Column("claim"),
-            report.Column("verdict"),
-            report.Column("effect", digits=3),
-            report.Column("of what"),
-            report.Column("needed"),
-            report.Column("remarks"),
-        ),
-        rows=tuple(
-            (
-                v.claim,
-                v.verdict,
-                None if v.effect is None else _shown(v.effect),
-                v.unit,
-                v.needed,
-                v.note,
-            )
-            for v in verdicts
-        ),
-        note="Differences between runs of one seed, with 95 % bootstrap intervals over "
-        "seeds. What each claim needed was written before the first run.",
-    )
 
 
 def _beside(measured: Measured, config: BanditConfig) -> report.Table:
@@ -447,7 +420,6 @@ def make_report(
       meta: facts of the run.
     """
     measured = Measured(results)
-    counts = {kind: sum(v.verdict == kind for v in verdicts) for kind in (HOLDS, FAILS)}
     summary, cards, sections = [], [], []
     if suite is not None:
         summary.append(
@@ -495,11 +467,7 @@ def make_report(
         title="ADPO: which claims hold",
         subtitle="where the truth is known, arXiv:2510.18913v6",
         summary=" ".join(summary),
-        cards=(
-            report.Card("claims that hold", counts[HOLDS], f"of {len(verdicts)}"),
-            report.Card("claims that do not", counts[FAILS], f"of {len(verdicts)}"),
-            *cards,
-        ),
+        cards=(*verdict_cards(verdicts), *cards),
         sections=(
             verdict_table(verdicts),
             *sections,

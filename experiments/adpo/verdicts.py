@@ -16,9 +16,8 @@ import numpy as np
 from experiments.adpo import distillation, language, online
 from experiments.adpo.arms import ADPO, ALL_PAIRS, ARMS, LIST, ONE_PAIR, SAME_PAIRS
 from experiments.worlds import bandits
+from experiments.worlds.claims import FAILS, HOLDS, NOT_TESTABLE, Verdict
 from pref_jax.evals.preference import Interval, bootstrap_interval
-
-HOLDS, FAILS, NOT_TESTABLE = "holds", "does not hold", "not testable here"
 
 _BEST_IN = 9  # scenarios of the first claim; the paper's
 _LEAST_GAIN = 0.12  # over DPO; the abstract's lower end
@@ -26,27 +25,6 @@ _DYNAMIC_GAIN = 0.05  # of a moving anchor; the abstract's lower end
 _HEAVIEST = "cauchy, heavy"
 DYNAMIC = "snapshot, every 50"
 """The moving anchor that the fourth claim is judged by, chosen beforehand."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """A claim and what became of it.
-
-    Attributes:
-      claim: in words.
-      needed: what it had to show here.
-      effect: the number that it is judged by, or None.
-      unit: of the effect.
-      verdict: `HOLDS`, `FAILS` or `NOT_TESTABLE`.
-      note: what else there is to say.
-    """
-
-    claim: str
-    needed: str
-    effect: Interval | None
-    unit: str
-    verdict: str
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,11 @@ from experiments.q_analysis.readings import (
     SAMPLED,
     WITH_REFERENCE,
     derived,
-    read_model,
     with_copies,
 )
 from experiments.worlds.pipeline import prompt_text
 from experiments.worlds.tasks import load_grade
+from experiments.worlds.token_numbers import read_model
 from pref_jax import model_folders, report
 from pref_jax.data import readers, sources, templates
 from pref_jax.data.records import parse_rename

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import scipy.stats
 
-from experiments.q_analysis.readings import CORRUPTED, Numbers, Response
+from experiments.q_analysis.readings import CORRUPTED, Response
+from experiments.worlds.token_numbers import Numbers
 from pref_jax.evals.preference import Interval, bootstrap_interval
 
 NUM_PARTS = 10

@@ -1,19 +1,14 @@
-"""Responses, corrupted copies of them, and what a model says of every token."""
+"""Responses, corrupted copies of them, and what follows of every token's numbers."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from pref_jax.data import rows, sources
-from pref_jax.logps import response_scores
-from pref_jax.q_values import response_values, soft_bellman_residual, token_rewards
-from pref_jax.train import sharding
-from pref_jax.train.logging import Progress
+from experiments.worlds.token_numbers import Numbers
+from pref_jax.q_values import soft_bellman_residual, token_rewards
 from pref_jax.types import TokenGroup
 
 GIVEN, SAMPLED, CORRUPTED = "given", "sampled", "corrupted"
@@ -58,10 +53,6 @@ class Response:
     where: np.ndarray
     label: float
     changed: int | None = None
-
-
-Numbers = dict[str, np.ndarray]
-"""By name of a quantity f64[n], one number a token; NaN where the mask is False."""
 
 
 def corrupted(
@@ -152,65 +143,6 @@ def with_copies(
     return doubled, described
 
 
-def _scored(model, params, batch, *, beta):
-    values = response_values(model, params, batch, beta=beta)
-    scores = response_scores(model, params, batch, want=("logp", "entropy"))
-    return {
-        "q": values.q,
-        "value": values.value,
-        "logp": scores.logp,
-        "entropy": scores.entropy,
-    }
-
-
-def read_model(
-    name: str, model, params, groups, *, beta: float, groups_per_step: int, mesh
-) -> list[list[Numbers]]:
-    """What a model says of every token of every response.
-
-    Args:
-      name: for the progress line.
-      model: a `pref_jax.types.Model`.
-      params: its parameters.
-      groups: of one number of responses.
-      beta: reward per nat.
-      groups_per_step: prompts at once.
-      mesh: of `sharding.make_mesh`.
-
-    Returns:
-      For each group and response `Numbers` of `q`, `value`, `logp` and `entropy`.
-    """
-    batches = sources.evaluation_batches(
-        groups,
-        groups_per_step=min(groups_per_step, len(groups)),
-        row_length=max(128, sources.longest_group(groups)),
-        rows_multiple=sharding.num_row_shards(mesh),
-    )
-    score = jax.jit(functools.partial(_scored, model, beta=beta))
-    found: list[list[Numbers]] = []
-    with jax.set_mesh(mesh), Progress(name, len(batches)) as progress:
-        for number, batch in enumerate(batches):
-            arrays = jax.device_get(score(params, sharding.place_batch(mesh, batch)))
-            members = [groups[i] for i in batches.indices(number)]
-            lengths = [group.num_tokens for group in members]
-            for group, place in zip(
-                members, rows.slots(lengths, batches.shape), strict=True
-            ):
-                found.append(
-                    [
-                        {
-                            key: np.where(
-                                mask, np.float64(array[place, k, : len(mask)]), np.nan
-                            )
-                            for key, array in arrays.items()
-                        }
-                        for k, mask in enumerate(group.loss_masks)
-                    ]
-                )
-            progress.count(number + 1)
-    return found
-
-
 def derived(
     response: Response, own: Numbers, reference: Numbers | None, *, beta: float
 ) -> Numbers:
@@ -218,7 +150,7 @@ def derived(
 
     Args:
       response: whose tokens they are.
-      own: of `read_model`.
+      own: of `token_numbers.read_model`.
       reference: the same of the reference, or None.
       beta: reward per nat.
     """

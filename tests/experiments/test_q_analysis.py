@@ -17,6 +17,7 @@ from experiments.q_analysis import __main__ as command
 from experiments.q_analysis import findings, readings
 from experiments.q_analysis.findings import Read
 from experiments.q_analysis.readings import CORRUPTED, GIVEN, Response
+from experiments.worlds.token_numbers import read_model
 from pref_jax.data import templates
 from pref_jax.models import pretrained
 from pref_jax.models.decoder import make_decoder
@@ -125,7 +126,7 @@ def read_both(folder, groups):
     for name in ("policy", "reference"):
         config, params = pretrained.load(folder / name)
         found.append(
-            readings.read_model(
+            read_model(
                 name,
                 make_decoder(config),
                 params,
