@@ -31,6 +31,7 @@ reward as the bridge", arXiv:2507.00018, whose body is not verified.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import string
 from collections.abc import Sequence
@@ -218,7 +219,12 @@ def solve(world: World, room: Room) -> Solution:
     >>> bool(found.value[0, 0, 0] < found.value[1, 1, 1] < 1)
     True
     """
-    cells, moves = world.size**2, len(MOVES)
+    return _solved(world, room.key, room.door)
+
+
+@functools.lru_cache(maxsize=4096)
+def _solved(world: World, key: int, door: int) -> Solution:
+    room, cells, moves = Room(key, key, door), world.size**2, len(MOVES)
     value = np.zeros((world.max_moves + 1, cells, 2))
     q = np.zeros((world.max_moves, cells, 2, moves))
     for moved in reversed(range(world.max_moves)):
@@ -290,13 +296,10 @@ def demonstrations(
       seed: of the moves, non-negative.
     """
     rng = np.random.default_rng([seed, 7])
-    solved: dict[tuple[int, int], Solution] = {}
     rows = []
     for i in range(num):
         room = rooms[i % len(rooms)]
-        if room[1:] not in solved:
-            solved[room[1:]] = solve(world, room)
-        moves = play(world, room, solved[room[1:]], rng)
+        moves = play(world, room, solve(world, room), rng)
         response = "".join(f" {MOVES[move]}" for move in moves)
         rows.append({"prompt": prompt_of(world, room), "response": response})
     return rows

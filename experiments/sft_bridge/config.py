@@ -1,0 +1,54 @@
+"""Everything that the experiment depends on, and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments.sft_bridge.values import ValuesConfig
+from experiments.worlds.models import DecoderSizes
+from pref_jax.train.loop import LoopConfig
+from pref_jax.train.optimizer import OptimizerConfig
+from pref_jax.train.stage import StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The parts of the experiment."""
+
+    values: ValuesConfig
+    name: str | None = None  # of the run; None: continue an unfinished run, or a number
+    root: str = "runs/sft_bridge"  # folder of the runs
+
+
+def _stage(groups: int, num_steps: int, rate: float) -> StageConfig:
+    optimizer = OptimizerConfig(
+        learning_rate=rate, warmup_steps=num_steps // 20, weight_decay=0.0
+    )
+    return StageConfig(
+        groups_per_step=groups,
+        optimizer=optimizer,
+        loop=LoopConfig(
+            num_steps=num_steps,
+            validate_every=num_steps // 4,
+            checkpoint_every=num_steps // 4,
+        ),
+    )
+
+
+SMALL = Config(
+    values=ValuesConfig(base=_stage(64, 300, 2e-3), sft=_stage(64, 800, 1e-3))
+)
+SMOKE = Config(
+    values=ValuesConfig(
+        base=_stage(16, 8, 2e-3),
+        sft=_stage(16, 8, 1e-3),
+        decoder=DecoderSizes(
+            width=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_width=32
+        ),
+        num_rooms=64,
+        num_demonstrations=256,
+        num_test_rooms=16,
+        num_seeds=2,
+    )
+)
+PRESETS = {"small": SMALL, "smoke": SMOKE}
