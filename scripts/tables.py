@@ -489,7 +489,7 @@ ADPO_RECORD = "adpo"
 ADPO_CONTROL_RECORD = "adpo_control"
 
 
-def _adpo_verdicts(record) -> str:
+def _verdicts(record) -> str:
     rows = [
         [
             found["claim"],
@@ -505,7 +505,7 @@ def _adpo_verdicts(record) -> str:
     return markdown(columns, rows)
 
 
-def _adpo_made(record, seeds) -> str:
+def _made(record, seeds) -> str:
     environment = record["environment"]
     return (
         f"\n{seeds}; {record['seconds'] / 60:.0f} minutes on "
@@ -520,7 +520,7 @@ def adpo_claims(records) -> str:
     record = records[ADPO_RECORD]
     suite = record["config"]["bandits"]
     made = f"{suite['num_seeds']} paired seeds, {suite['num_steps']} updates"
-    return _adpo_verdicts(record) + _adpo_made(record, made)
+    return _verdicts(record) + _made(record, made)
 
 
 def adpo_scenarios(records) -> str:
@@ -557,7 +557,29 @@ def adpo_control(records) -> str:
     columns += ["KL, nats", "NDCG", "T"]
     made = f"{record['config']['distillation']['num_seeds']} paired seeds"
     students = markdown(columns, rows)
-    return students + "\n" + _adpo_verdicts(record) + _adpo_made(record, made)
+    return students + "\n" + _verdicts(record) + _made(record, made)
+
+
+BRIDGE_RECORD = "sft_bridge"
+
+
+def bridge_values(records) -> str:
+    """What each signal tells of a state, and what became of the claims."""
+    if BRIDGE_RECORD not in records:
+        return "not run\n"
+    record = records[BRIDGE_RECORD]
+    rows = [
+        [
+            row["signal"],
+            *(_interval(row[key]) for key in ("correlation", "auc", "drop")),
+        ]
+        for row in record["results"]["signals"]
+    ]
+    columns = ["signal", "Spearman's correlation with V*", "AUC for a later win"]
+    columns.append("share of wrong moves that it falls at")
+    made = f"{record['config']['values']['num_seeds']} seeds"
+    signals = markdown(columns, rows)
+    return signals + "\n" + _verdicts(record) + _made(record, made)
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
@@ -579,6 +601,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "adpo-claims": adpo_claims,
     "adpo-scenarios": adpo_scenarios,
     "adpo-control": adpo_control,
+    "sft-bridge-values": bridge_values,
 }
 
 
