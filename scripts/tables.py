@@ -577,7 +577,11 @@ def bridge_values(records) -> str:
     ]
     columns = ["signal", "Spearman's correlation with V*", "AUC for a later win"]
     columns.append("share of wrong moves that it falls at")
-    made = f"{record['config']['values']['num_seeds']} seeds"
+    made = (
+        f"{record['config']['values']['num_seeds']} seeds; the SFT model wins "
+        f"{_interval(record['results']['won'])} of the rooms, pi* "
+        f"{_interval(record['results']['won_by_best'])}"
+    )
     signals = markdown(columns, rows)
     return signals + "\n" + _verdicts(record) + _made(record, made)
 

@@ -31,7 +31,10 @@ def summarise(results, found) -> dict:
             }
             for name in values.SIGNALS
         ],
-        "won": bootstrap_interval(measured.alone("won")),
+        **{
+            name: bootstrap_interval(measured.alone(name))
+            for name in ("won", "won_by_best", "beyond")
+        },
     }
 
 

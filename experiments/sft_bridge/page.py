@@ -39,6 +39,7 @@ def _runs(measured: Measured) -> report.Table:
         columns=(report.Column("number"), report.Column("mean over seeds", digits=3)),
         rows=(
             ("rooms that the SFT model wins", estimate(measured.alone("won"))),
+            ("rooms that pi* wins", estimate(measured.alone("won_by_best"))),
             ("states", estimate(measured.alone("states"))),
             (
                 "responses of fewer than two moves",

@@ -362,8 +362,16 @@ def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
         )
         for name, params in (*trained.items(), ("untrained", untrained))
     }
-    measured = measure(config, played, read, seed)
-    return measured | {"too_short": len(found) - len(played)}
+    wins = [
+        key_door.states_along(world, room, key_door.play(world, room, solution, rng))[1]
+        for room in tests
+        for solution in [key_door.solve(world, room)]
+        for _ in range(config.num_samples)
+    ]
+    return measure(config, played, read, seed) | {
+        "won_by_best": float(np.mean(wins)),
+        "too_short": len(found) - len(played),
+    }
 
 
 def jobs(config: ValuesConfig, folder, guard) -> list[Job]:
