@@ -494,7 +494,7 @@ def _verdicts(record) -> str:
         [
             found["claim"],
             f"**{found['verdict']}**",
-            "" if found["effect"] is None else _interval(found["effect"]),
+            "" if found["effect"] is None else _effect(found["effect"]),
             found["unit"],
             found["needed"],
             found["note"],
@@ -503,6 +503,11 @@ def _verdicts(record) -> str:
     ]
     columns = ["claim", "verdict", "effect", "of what", "needed", "remarks"]
     return markdown(columns, rows)
+
+
+def _effect(interval) -> str:
+    """Small effects with a digit more, so that what excludes zero is seen to."""
+    return _interval(interval, digits=3 if abs(interval[0]) >= 0.1 else 4)
 
 
 def _made(record, seeds) -> str:
