@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import functools
 
 from experiments import adpo
 from experiments.adpo import distillation, language, online, page, suite, verdicts
 from experiments.adpo.config import PRESETS, Config
 from experiments.worlds import bandits
 from experiments.worlds.command import run_command, where_is
-from experiments.worlds.jobs import Job, run_jobs
-from pref_jax import processes, report
+from experiments.worlds.jobs import Job
+from experiments.worlds.suite import run_suite
 from pref_jax.evals.preference import bootstrap_interval
-from pref_jax.train import run as run_lib
-from pref_jax.train.checkpoint import PreemptionGuard
-
-_logger = logging.getLogger("pref_jax.experiments")
 
 
 def make_jobs(config: Config, folder, guard) -> list[Job]:
@@ -67,45 +63,19 @@ def summarise(results, found) -> dict:
 
 def run_config(config: Config):
     """Run, or continue, the run of a config; returns its report's path."""
-    values = dataclasses.asdict(config)
-    with (
-        run_lib.open_run(config.root, config=values, name=config.name) as folder,
-        PreemptionGuard() as guard,
-    ):
-        _logger.info("run folder: %s", folder)
-        jobs = make_jobs(config, folder, guard)
-        results = run_jobs("ADPO", jobs, folder / "results", guard)
-        found = verdicts.judge(results)
-        meta = {
-            **run_lib.environment(),
-            "duration": sum(result["seconds"] for result in results.values()),
-            "starts": run_lib.count_starts(folder),
-        }
-        finished = page.make_report(
-            results,
-            found,
+    return run_suite(
+        "adpo",
+        config,
+        make_jobs=make_jobs,
+        judge=verdicts.judge,
+        make_report=functools.partial(
+            page.make_report,
             suite=config.bandits,
             online_config=config.online,
             sizes_of=suite.COMPARED,
-            config=values,
-            meta=meta,
-        )
-        record = {
-            "experiment": "adpo",
-            "results": summarise(results, found),
-            "config": values,
-            "environment": run_lib.environment(),
-            "seconds": meta["duration"],  # of all jobs
-            "starts": meta["starts"],
-            "report": report.to_json(finished),
-        }
-
-        def write() -> None:
-            report.write_report(finished, folder / "report.html")
-            run_lib.write_json(folder / run_lib.RECORD_FILE, record)
-
-        processes.on_first(write)
-        return folder / "report.html"
+        ),
+        summarise=summarise,
+    )
 
 
 def main() -> None:

@@ -11,10 +11,7 @@ from experiments.adpo.language import LanguageConfig
 from experiments.adpo.online import OnlineConfig
 from experiments.adpo.suite import BanditConfig
 from experiments.worlds.bandits import World
-from experiments.worlds.models import DecoderSizes
-from pref_jax.train.loop import LoopConfig
-from pref_jax.train.optimizer import OptimizerConfig
-from pref_jax.train.stage import StageConfig
+from experiments.worlds.models import DecoderSizes, make_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +26,10 @@ class Config:
     root: str = "runs/adpo"  # folder of the runs
 
 
-def _stage(groups: int, num_steps: int, rate: float, **loop) -> StageConfig:
-    optimizer = OptimizerConfig(
-        learning_rate=rate, warmup_steps=num_steps // 20, weight_decay=0.05
-    )
-    return StageConfig(
-        groups_per_step=groups,
-        optimizer=optimizer,
-        loop=LoopConfig(
-            num_steps=num_steps,
-            validate_every=num_steps // 4,
-            checkpoint_every=num_steps // 4,
-            **loop,
-        ),
-    )
-
-
 SMALL = Config(
     language=LanguageConfig(
-        base=_stage(32, 1000, 2e-3), sft=_stage(48, 500, 1e-3, best="validation/loss")
+        base=make_stage(32, 1000, 2e-3),
+        sft=make_stage(48, 500, 1e-3, best="validation/loss"),
     )
 )
 _TINY = World(
@@ -63,8 +45,8 @@ SMOKE = Config(
         teacher_updates=2,
     ),
     language=LanguageConfig(
-        base=_stage(16, 20, 2e-3),
-        sft=_stage(16, 20, 1e-3, best="validation/loss"),
+        base=make_stage(16, 20, 2e-3),
+        sft=make_stage(16, 20, 1e-3, best="validation/loss"),
         decoder=DecoderSizes(
             width=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=64
         ),

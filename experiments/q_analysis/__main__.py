@@ -87,6 +87,17 @@ class _Loaded:
     params: object
 
 
+def _check_same_tokenizer(encoder: templates.TextEncoder, path: str) -> None:
+    """Refuse a reference that reads other tokens: its numbers would mean nothing."""
+    folder = model_folders.tokenizer_folder(path)
+    other = templates.TextEncoder(templates.load_tokenizer(folder))
+    if other.identity()["tokenizer"] != encoder.identity()["tokenizer"]:
+        raise ValueError(
+            f"the tokenizer of the reference, in {folder}, is not that of the model. "
+            f"If both read the same tokens nevertheless, give --tokenizer."
+        )
+
+
 def _load(path: str, tokenizer, config: Config, mesh) -> _Loaded:
     model_config, params = model_folders.load(path, mesh=mesh, dtype=config.dtype)
     templates.check_vocabulary(tokenizer, model_config.vocab_size)
@@ -140,7 +151,11 @@ def read_all(config: Config) -> tuple[list[Read], list[str], list[str], object]:
     """Every response, and its copy, read by the model and its reference.
 
     Returns:
-      (responses, names of the models, what was read and left out, encoder).
+      (responses, names of the models, what was read and left out, tokenizer).
+
+    Raises:
+      ValueError: the data or a model cannot be read, or the reference has another
+        tokenizer.
     """
     path = config.tokenizer or model_folders.tokenizer_folder(config.model)
     tokenizer = templates.load_tokenizer(path)
@@ -158,6 +173,14 @@ def read_all(config: Config) -> tuple[list[Read], list[str], list[str], object]:
             f"The first {len(used)} of {len(records)} rows were read (--max-prompts)."
         )
     groups = encoder.encode_all(used, on_error=config.on_error)
+    if encoder.left_out:
+        where, problem = encoder.left_out[0]
+        notes.append(
+            f"{len(encoder.left_out)} rows could not be encoded and were left out, "
+            f"such as {where}: {problem}"
+        )
+    if config.reference is not None and config.tokenizer is None:
+        _check_same_tokenizer(encoder, config.reference)
     by_record = {record.row: record for record in used}
     mesh = sharding.make_mesh()
     policy = _load(config.model, tokenizer, config, mesh)

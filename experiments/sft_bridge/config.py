@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from experiments.sft_bridge.values import ValuesConfig
-from experiments.worlds.models import DecoderSizes
-from pref_jax.train.loop import LoopConfig
-from pref_jax.train.optimizer import OptimizerConfig
-from pref_jax.train.stage import StageConfig
+from experiments.worlds.models import DecoderSizes, make_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,29 +17,17 @@ class Config:
     root: str = "runs/sft_bridge"  # folder of the runs
 
 
-def _stage(groups: int, num_steps: int, rate: float) -> StageConfig:
-    optimizer = OptimizerConfig(
-        learning_rate=rate, warmup_steps=num_steps // 20, weight_decay=0.0
-    )
-    return StageConfig(
-        groups_per_step=groups,
-        optimizer=optimizer,
-        loop=LoopConfig(
-            num_steps=num_steps,
-            validate_every=num_steps // 4,
-            checkpoint_every=num_steps // 4,
-        ),
-    )
-
-
 # SFT is as long as it takes to win nearly all rooms.
 SMALL = Config(
-    values=ValuesConfig(base=_stage(64, 300, 2e-3), sft=_stage(64, 3_000, 3e-3))
+    values=ValuesConfig(
+        base=make_stage(64, 300, 2e-3, weight_decay=0.0),
+        sft=make_stage(64, 3_000, 3e-3, weight_decay=0.0),
+    )
 )
 SMOKE = Config(
     values=ValuesConfig(
-        base=_stage(16, 8, 2e-3),
-        sft=_stage(16, 8, 1e-3),
+        base=make_stage(16, 8, 2e-3, weight_decay=0.0),
+        sft=make_stage(16, 8, 1e-3, weight_decay=0.0),
         decoder=DecoderSizes(
             width=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_width=32
         ),

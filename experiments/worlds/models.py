@@ -1,4 +1,4 @@
-"""The model of an experiment: the user's own checkpoint, or a fresh small decoder."""
+"""The model of an experiment, its own or a fresh small decoder, and plain stages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import jax
 from pref_jax import model_folders
 from pref_jax.models import decoder
 from pref_jax.train import sharding
+from pref_jax.train.loop import LoopConfig
+from pref_jax.train.optimizer import OptimizerConfig
+from pref_jax.train.stage import StageConfig
 from pref_jax.types import Model, PyTree
 
 
@@ -65,3 +68,30 @@ def make_model(
     )
     model = decoder.make_decoder(fresh)
     return model, sharding.init_params(model, mesh, jax.random.key(seed))
+
+
+def make_stage(
+    groups: int, num_steps: int, rate: float, *, weight_decay: float = 0.05, **loop
+) -> StageConfig:
+    """A stage of a small model: a twentieth of warm-up, four validations.
+
+    Args:
+      groups: of a step.
+      num_steps: updates.
+      rate: of AdamW, at its highest.
+      weight_decay: of AdamW.
+      **loop: further fields of `LoopConfig`.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=rate, warmup_steps=num_steps // 20, weight_decay=weight_decay
+    )
+    return StageConfig(
+        groups_per_step=groups,
+        optimizer=optimizer,
+        loop=LoopConfig(
+            num_steps=num_steps,
+            validate_every=num_steps // 4,
+            checkpoint_every=num_steps // 4,
+            **loop,
+        ),
+    )

@@ -1,6 +1,7 @@
 """The Q analysis: its numbers by hand, its findings on planted facts, its command."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -407,6 +408,33 @@ def test_rows_that_are_left_out_are_counted(models_and_data, tmp_path):
 def test_bad_settings_are_refused(models_and_data, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         config(models_and_data, tmp_path, **change)
+
+
+def test_a_reference_of_other_tokens_is_refused(models_and_data, tmp_path):
+    shutil.copytree(models_and_data / "reference", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="tokenizer of the reference, in .*other"):
+        command.read_all(
+            config(models_and_data, tmp_path, reference=str(tmp_path / "other"))
+        )
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_encoded_are_counted(models_and_data, tmp_path):
+    rows = [json.loads(x) for x in (models_and_data / "pairs.jsonl").open()][:3]
+    turns = [{"role": "user", "content": "hi"}]
+    answer = [{"role": "assistant", "content": "yes"}]
+    rows[1] = {"prompt": turns, "chosen": answer, "rejected": answer[:1]}
+    rows[1]["rejected"] = [{"role": "assistant", "content": "no"}]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": str(data), "on_error": "skip", "reference": None}
+    _, _, notes, _ = command.read_all(config(models_and_data, tmp_path, **changes))
+    assert any(n.startswith("1 rows could not be encoded") for n in notes)
 
 
 @pytest.mark.slow
