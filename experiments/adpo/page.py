@@ -13,9 +13,9 @@ from experiments.adpo.suite import MEDIUM, REFERENCE, BanditConfig
 from experiments.adpo.verdicts import DYNAMIC, Measured
 from experiments.worlds import bandits
 from experiments.worlds.claims import Verdict, verdict_cards, verdict_table
-from experiments.worlds.sections import estimate
+from experiments.worlds.sections import estimate, series
 from pref_jax import report
-from pref_jax.evals.preference import Interval, bootstrap_interval
+from pref_jax.evals.preference import Interval
 
 _OF_MEDIUM = [list(bandits.SCENARIOS).index(name) for name in MEDIUM]
 """Where the scenarios of the sweeps stand among the twelve."""
@@ -138,7 +138,7 @@ def _sweep(measured: Measured, name: str, values: Sequence[float]) -> report.Cur
             name,
             label,
             tuple(
-                _series(scenario, values, found[:, i])
+                series(scenario, values, found[:, i])
                 for i, scenario in enumerate(MEDIUM)
             ),
             log_x=True,
@@ -153,13 +153,6 @@ def _sweep(measured: Measured, name: str, values: Sequence[float]) -> report.Cur
         note=f"The other numbers are those chosen on validation contexts; {name} "
         f"changes the sharpness of the optimum, and with it the win mass.",
     )
-
-
-def _series(name: str, x, values) -> report.Series:
-    """A line with a band; values are f64[points, seeds]."""
-    found = [bootstrap_interval(at_point) for at_point in values]
-    means, lows, highs = zip(*found, strict=True)
-    return report.Series(name, tuple(map(float, x)), means, lows, highs)
 
 
 def _calibration(results: Mapping[str, dict]) -> report.Curves:
@@ -260,7 +253,7 @@ def _sizes(measured: Measured, config: BanditConfig, names: Sequence[str]):
     for name in names:
         values = [measured.arm(name)[_OF_MEDIUM]]
         values += [measured.of(f"size/{size}/{name}") for size in config.sizes]
-        lines.append(_series(name, sizes, np.stack(values).mean(1)))
+        lines.append(series(name, sizes, np.stack(values).mean(1)))
     return report.Curves(
         "Larger networks",
         panels=(
@@ -283,7 +276,7 @@ def _online(measured: Measured, config: online.OnlineConfig) -> report.Curves:
                 "update",
                 "win mass",
                 tuple(
-                    _series(name, steps, measured.online(name)[i].T)
+                    series(name, steps, measured.online(name)[i].T)
                     for name in online.ANCHORS
                 ),
             )

@@ -6,19 +6,18 @@ import dataclasses
 import functools
 
 from experiments import sft_bridge
-from experiments.sft_bridge import page, values, verdicts
+from experiments.sft_bridge import page, stages, values, verdicts
 from experiments.sft_bridge.config import PRESETS, Config
+from experiments.sft_bridge.verdicts import StagesMeasured, ValuesMeasured
 from experiments.worlds.command import run_command, where_is
 from experiments.worlds.jobs import Job
 from experiments.worlds.suite import run_suite
 from pref_jax.evals.preference import bootstrap_interval
 
 
-def summarise(results, found) -> dict:
-    """The numbers of a run for its record: verdicts, and intervals over seeds."""
-    measured = verdicts.Measured(results)
+def _values_summary(results) -> dict:
+    measured = ValuesMeasured(results)
     return {
-        "verdicts": [dataclasses.asdict(verdict) for verdict in found],
         "signals": [
             {"signal": name}
             | {
@@ -34,9 +33,61 @@ def summarise(results, found) -> dict:
     }
 
 
+def _stages_summary(measured: StagesMeasured) -> dict:
+    return {
+        "rate": measured.rate,
+        "reduced": measured.reduced.name,
+        "arms": [
+            {
+                "arm": name,
+                "setting": dataclasses.asdict(measured.setting(name)),
+                "sft_loss": bootstrap_interval(measured.alone(name, "sft_loss")),
+                "sft_updates": bootstrap_interval(measured.alone(name, "sft_updates")),
+                "sft_accuracy": bootstrap_interval(
+                    measured.alone(name, "sft_accuracy")
+                ),
+                **{
+                    part: {
+                        measure: bootstrap_interval(measured.of(name, part, measure))
+                        for measure in page.STAGE_MEASURES
+                    }
+                    for part in ("sft", "dpo")
+                },
+            }
+            for name in measured.arms
+        ],
+    }
+
+
+def summarise(results, found, *, config: Config) -> dict:
+    """The numbers of a run for its record: verdicts, and intervals over seeds."""
+    summary = {"verdicts": [dataclasses.asdict(verdict) for verdict in found]}
+    if config.stages is not None:
+        measured = StagesMeasured(results, config.stages)
+        summary["stages"] = _stages_summary(measured)
+    if config.values is not None:
+        summary["values"] = _values_summary(results)
+    return summary
+
+
 def make_jobs(config: Config, folder, guard) -> list[Job]:
     """All runs of the experiment."""
-    return values.jobs(config.values, folder / "values", guard)
+    found = []
+    if config.stages is not None:
+        found += stages.jobs(config.stages, folder / "stages", guard)
+    if config.values is not None:
+        found += values.jobs(config.values, folder / "values", guard)
+    return found
+
+
+def judge(results, *, config: Config) -> list:
+    """The verdicts of all parts."""
+    found = []
+    if config.stages is not None:
+        found += verdicts.judge_stages(StagesMeasured(results, config.stages))
+    if config.values is not None:
+        found += verdicts.judge_values(ValuesMeasured(results))
+    return found
 
 
 def run_config(config: Config):
@@ -45,11 +96,9 @@ def run_config(config: Config):
         "sft_bridge",
         config,
         make_jobs=make_jobs,
-        judge=verdicts.judge,
-        make_report=functools.partial(
-            page.make_report, num_seeds=config.values.num_seeds
-        ),
-        summarise=summarise,
+        judge=functools.partial(judge, config=config),
+        make_report=functools.partial(page.make_report, parts=config),
+        summarise=functools.partial(summarise, config=config),
     )
 
 

@@ -49,7 +49,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -241,18 +241,29 @@ def demonstrations(world: World, num: int, seed: int) -> list[dict[str, str]]:
     rows = []
     for _ in range(num):
         operation, words = _draw_instruction(world, "train", rng)
-        rates = (world.wrong_rate, world.sloppy_rate, world.wordy_rate)
-        wrong, sloppy, wordy = rng.random(3) < rates
-        answer = ANSWERS[operation](words)
-        if wrong:
-            answer = _draw_wrong_answer(operation, words, rng)
-        between, end = _pick(SLOPPY, rng) if sloppy else (" ", ".")
-        before, after = _pick(WORDY, rng) if wordy else ("", "")
-        parts = (before, between.join(answer), after)
-        response = " " + " ".join(part for part in parts if part) + end
+        response = _write_response(world, operation, words, rng)
         prompt = _write_prompt(operation, words, rng)
         rows.append({"prompt": prompt, "response": response})
     return rows
+
+
+def annotate(world: World, prompts: Iterable[str], seed: int) -> list[str]:
+    """What the annotators write for given prompts, one response to each.
+
+    Args:
+      world: the rates of the faults.
+      prompts: of the language, of any split.
+      seed: of all draws, non-negative.
+
+    Raises:
+      ValueError: a prompt is not of the language.
+
+    >>> careful = World(wrong_rate=0.0, sloppy_rate=0.0, wordy_rate=0.0)
+    >>> annotate(careful, ["turn around: red cow star" + MARKER], seed=0)
+    [' star cow red.']
+    """
+    rng = _make_rng("responses", seed)
+    return [_write_response(world, *parse_prompt(text), rng) for text in prompts]
 
 
 def prompts(world: World, split: str, num: int, seed: int) -> list[str]:
@@ -462,6 +473,18 @@ def _draw_instruction(world: World, split: str, rng: np.random.Generator):
         operation, words = _pick(tuple(ANSWERS), rng), _draw_list(world, rng)
         if split_of(world, operation, words) == split:
             return operation, words
+
+
+def _write_response(world: World, operation: str, words, rng) -> str:
+    rates = (world.wrong_rate, world.sloppy_rate, world.wordy_rate)
+    wrong, sloppy, wordy = rng.random(3) < rates
+    answer = ANSWERS[operation](words)
+    if wrong:
+        answer = _draw_wrong_answer(operation, words, rng)
+    between, end = _pick(SLOPPY, rng) if sloppy else (" ", ".")
+    before, after = _pick(WORDY, rng) if wordy else ("", "")
+    parts = (before, between.join(answer), after)
+    return " " + " ".join(part for part in parts if part) + end
 
 
 def _write_prompt(operation: str, words, rng: np.random.Generator) -> str:

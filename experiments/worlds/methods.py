@@ -10,9 +10,15 @@ import jax.numpy as jnp
 
 from pref_jax import anchors, rewards, targets
 from pref_jax.logps import response_scores
+from pref_jax.losses.batch_coupled import solve_partition
 from pref_jax.losses.listwise import listwise_cross_entropy
 from pref_jax.losses.pairwise import logistic_loss
-from pref_jax.losses.supervised import nll_loss
+from pref_jax.losses.supervised import (
+    Divergence,
+    fsft_loss,
+    fsft_solved_loss,
+    nll_loss,
+)
 from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
 
 
@@ -25,6 +31,73 @@ def make_sft() -> Method:
         loss=on_token_logps(nll_loss),
         weight=token_weight,
         couples_responses=False,
+    )
+
+
+def make_fsft(
+    divergence: Divergence,
+    beta: float,
+    *,
+    level: str = "token",
+    partition: str = "zero",
+) -> Method:
+    """SFT by an f-divergence that keeps near the model before it.
+
+    That model's logps are carried by the batch, which holds one response a prompt.
+
+    Args:
+      divergence: of `losses.supervised`, such as `CHI_SQUARED`.
+      beta: reward per nat.
+      level: "token": a reward for each token; "sequence": one for each response.
+      partition: "zero": left out; "solve": one number for the batch, solved.
+
+    Source: arXiv:2507.00018; level and divergences of the paper are not verified.
+
+    Raises:
+      ValueError: there is no such level or partition.
+    """
+    if level not in ("token", "sequence"):
+        raise ValueError(f"`level` must be token or sequence; got {level!r}.")
+    if partition not in ("zero", "solve"):
+        raise ValueError(f"`partition` must be zero or solve; got {partition!r}.")
+
+    def reward(scores, anchor_scores, batch):
+        log_ratio = scores.logp - anchor_scores.logp
+        if level == "token":
+            return log_ratio
+        return jnp.where(batch.loss_mask, log_ratio, 0.0).sum(-1)
+
+    def weight(batch):
+        if level == "token":
+            return token_weight(batch)
+        return (batch.loss_mask.any(-1) & batch.valid).astype(jnp.float32)
+
+    def loss(log_ratio, scores, batch):
+        del scores
+        counted = weight(batch)
+        options = {
+            "anchor_logps": jnp.zeros_like(log_ratio),
+            "beta": beta,
+            "divergence": divergence,
+            "where": counted > 0,
+        }
+        if partition == "zero":
+            values, metrics = fsft_loss(log_ratio, **options)
+        else:
+            values, metrics = fsft_solved_loss(
+                log_ratio, partition=solve_partition(log_ratio, **options), **options
+            )
+        return values, {name: (value, counted) for name, value in metrics.items()}
+
+    return Method(
+        name=f"SFT, {divergence.name}",
+        anchor=anchors.fixed(),
+        reward=reward,
+        loss=loss,
+        weight=weight,
+        requires=frozenset({"anchor_logps"}),
+        couples_responses=False,
+        paper="arXiv:2507.00018",
     )
 
 

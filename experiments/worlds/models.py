@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 
@@ -66,8 +67,12 @@ def make_model(
         embedding_scale=sizes.width**0.5,  # tokens enter the residual stream at size 1
         **dataclasses.asdict(sizes),
     )
-    model = decoder.make_decoder(fresh)
+    model = _decoder(fresh)
     return model, sharding.init_params(model, mesh, jax.random.key(seed))
+
+
+# One record of functions a shape: what is compiled for it serves every seed.
+_decoder = functools.cache(decoder.make_decoder)
 
 
 def make_stage(

@@ -440,10 +440,13 @@ def _metrics_of(method):
     return metrics
 
 
-def _mean_kl(model, params, batch, *, anchor_params):
-    """f32[B], mean over all tokens of a group's responses, and i32[B], which group."""
-    total = token_kl(model, params, batch, anchor_params=anchor_params).sum((1, 2))
-    return total / jnp.maximum(batch.loss_mask.sum((1, 2)), 1), batch.record
+def _token_means(model, params, batch, *, anchor_params):
+    """KL and entropy, f32[B], means over all tokens of a group; and i32[B], which."""
+    kl = token_kl(model, params, batch, anchor_params=anchor_params)
+    entropy = response_scores(model, params, batch, want=("entropy",)).entropy
+    entropy = jnp.where(batch.loss_mask, entropy, 0.0)
+    number = jnp.maximum(batch.loss_mask.sum((1, 2)), 1)
+    return kl.sum((1, 2)) / number, entropy.sum((1, 2)) / number, batch.record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,6 +459,7 @@ class Measured:
       length: i[N, S], tokens, the end token included.
       ended: bool[N, S].
       kl: f[N], mean over tokens of the exact KL to the reference, nats.
+      entropy: f[N], mean over tokens of that of the next token, nats.
     """
 
     texts: list[list[str]]
@@ -463,6 +467,7 @@ class Measured:
     length: np.ndarray
     ended: np.ndarray
     kl: np.ndarray
+    entropy: np.ndarray
 
     def per_prompt(self, part: str) -> np.ndarray:
         """Mean of one part over the responses to each prompt, f[N]."""
@@ -507,8 +512,8 @@ def measure_responses(
         )
         for i, (prompt, row) in enumerate(zip(prompts, ids, strict=True))
     ]
-    kl = np.zeros(len(groups))
-    exact_kl = _compiled(_mean_kl, pipeline.model)
+    kl, entropy = np.zeros((2, len(groups)))
+    token_means = _compiled(_token_means, pipeline.model)
     batches = pipeline.batches(groups, sources.longest_group(groups), stage)
     with (
         jax.set_mesh(pipeline.mesh),
@@ -517,7 +522,9 @@ def measure_responses(
         for number, batch in enumerate(batches):
             count(number)
             placed = sharding.place_batch(pipeline.mesh, batch)
-            means, numbers = exact_kl(params, placed, anchor_params=reference)
-            numbers = np.asarray(numbers)
-            kl[numbers[numbers >= 0]] = np.asarray(means)[numbers >= 0]
-    return Measured(texts, parts, samples.length, samples.ended, kl)
+            *means, numbers = map(
+                np.asarray, token_means(params, placed, anchor_params=reference)
+            )
+            there = numbers >= 0
+            kl[numbers[there]], entropy[numbers[there]] = (x[there] for x in means)
+    return Measured(texts, parts, samples.length, samples.ended, kl, entropy)

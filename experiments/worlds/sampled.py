@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 from etils import epath
 
 from experiments.worlds.pipeline import Grade, Pipeline, prompt_text
@@ -29,6 +30,22 @@ class _Answer(NamedTuple):
     ids: list[int]
 
 
+def prefers(first: float, second: float, temperature: float, rng) -> bool:
+    """Whether a judge takes the first of two responses.
+
+        P(first) = sigmoid((first - second) / temperature),   Bradley-Terry
+
+    Args:
+      first: its grade.
+      second: that of the other, not equal to it.
+      temperature: in the unit of the grades; 0: the higher grade is taken.
+      rng: draws the judgement; not touched at 0.
+    """
+    if temperature == 0:
+        return first > second
+    return rng.random() < scipy.special.expit((first - second) / temperature)
+
+
 def sample_pairs(
     pipeline: Pipeline,
     params: PyTree,
@@ -38,12 +55,13 @@ def sample_pairs(
     num_samples: int,
     use: int,
     path: epath.Path,
+    temperature: float = 0.0,
 ) -> list[TokenGroup]:
     """Sample, grade, and compare the responses to each prompt two by two.
 
-    Samples 0 and 1 make a pair, 2 and 3 the next; the higher grade is chosen. Pairs of
-    equal grades are left out. A response that was cut off stays as it is, without an
-    end token. The log counts both.
+    Samples 0 and 1 make a pair, 2 and 3 the next; the higher grade is chosen, or, at a
+    temperature, drawn by `prefers`. Pairs of equal grades are left out. A response that
+    was cut off stays as it is, without an end token. The log counts both.
 
     Args:
       pipeline: the run.
@@ -53,6 +71,7 @@ def sample_pairs(
       num_samples: responses to each prompt, even.
       use: names the draw.
       path: file of the pairs. Read back if it is there.
+      temperature: of the labels, in the unit of the grade.
 
     Returns:
       Groups of K = 2, numbered as the lines of the file.
@@ -60,12 +79,15 @@ def sample_pairs(
     Raises:
       ValueError: no pair is left.
     """
+    rng = np.random.default_rng([pipeline.seed, use])
 
     def lines_of(answers: list[_Answer]) -> list[dict]:
         found = []
         for k in range(0, num_samples, 2):
             rejected, chosen = sorted(answers[k : k + 2])
             if chosen.grade != rejected.grade:
+                if not prefers(chosen.grade, rejected.grade, temperature, rng):
+                    rejected, chosen = chosen, rejected
                 found.append(
                     {
                         "chosen": chosen.text,

@@ -19,6 +19,19 @@ def estimate(values) -> report.Estimate:
     return report.Estimate(*bootstrap_interval(values))
 
 
+def series(name: str, x: Sequence[float], values: Sequence) -> report.Series:
+    """A line of means with a band of 95 % bootstrap intervals.
+
+    Args:
+      name: of the line.
+      x: where the points stand.
+      values: f64[points, seeds].
+    """
+    found = [bootstrap_interval(at_point) for at_point in values]
+    means, lows, highs = zip(*found, strict=True)
+    return report.Series(name, tuple(map(float, x)), means, lows, highs)
+
+
 def reward_table(measured: Mapping[str, Measured], *, against: str) -> report.Table:
     """True reward and its parts by model, and the win rate over one of them."""
     parts = list(measured[against].parts)

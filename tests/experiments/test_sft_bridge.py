@@ -155,13 +155,17 @@ def results(sft=0.9, control=0.5, beyond=0.4):
     return rows
 
 
+def judged(rows):
+    return verdicts.judge_values(verdicts.ValuesMeasured(rows))
+
+
 def test_v_must_be_above_its_strongest_control():
-    assert {v.verdict for v in verdicts.judge(results())} == {HOLDS}
+    assert {v.verdict for v in judged(results())} == {HOLDS}
     beaten = results()
     place = SIGNALS.index("moves left")
     for run in beaten.values():
         run["auc"] = [*run["auc"][:place], 0.95, *run["auc"][place + 1 :]]
-    found = {v.unit.split(",")[0]: v for v in verdicts.judge(beaten)}
+    found = {v.unit.split(",")[0]: v for v in judged(beaten)}
     auc = found[verdicts.MEASURES["auc"]]
     assert auc.verdict == FAILS and auc.unit.endswith("less that of: moves left")
     assert auc.effect.mean == pytest.approx(-0.03)
@@ -169,7 +173,7 @@ def test_v_must_be_above_its_strongest_control():
 
 
 def test_no_correlation_beyond_the_controls_is_a_failure():
-    *_, last = verdicts.judge(results(beyond=-0.02))
+    *_, last = judged(results(beyond=-0.02))
     assert last.verdict == FAILS and last.claim.startswith(
         "V of the SFT model tells more"
     )
@@ -201,7 +205,7 @@ def test_the_smoke_command_makes_a_report_and_continues(tmp_path, pytestconfig):
     folder = tmp_path / "runs" / "sft_bridge" / "001"
     assert "V of an untrained model" in (folder / "report.html").read_text()
     record = json.loads((folder / "record.json").read_text())
-    assert len(record["results"]["signals"]) == len(SIGNALS)
+    assert len(record["results"]["values"]["signals"]) == len(SIGNALS)
     # As if it had been killed before its last seed was measured.
     (folder / "record.json").unlink()
     (folder / "results" / "values" / "seed1.json").unlink()
