@@ -556,7 +556,7 @@ def _reported(prepared: Prepared, config: StagesConfig, params) -> dict:
     }
 
 
-def _implicit_accuracy(prepared: Prepared, config: StagesConfig, params) -> float:
+def implicit_accuracy(prepared: Prepared, config: StagesConfig, params) -> float:
     """How often log(pi / pi_0) puts the chosen response of a held-out pair first."""
     found = measure_preferences(
         prepared.pipeline,
@@ -727,7 +727,7 @@ def _report(seed: _Seed, arm: Arm, results) -> dict:
     found = {
         "sft": _reported(prepared, config, params),
         "sft_loss": seed.trainer.validation_loss(params),
-        "sft_accuracy": _implicit_accuracy(prepared, config, params),
+        "sft_accuracy": implicit_accuracy(prepared, config, params),
         "sft_updates": updates,
         "dpo": _reported(prepared, config, seed.align(arm, params, groups, setting)),
     }

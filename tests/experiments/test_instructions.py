@@ -292,6 +292,20 @@ def test_a_seed_fixes_the_draws_and_num_only_cuts_them(rows):
     assert not again & in_prompts(row["prompt"] for row in rows[:50])
 
 
+def test_given_prompts_are_annotated_with_the_rates_of_the_world():
+    world = World(wrong_rate=0.2, sloppy_rate=0.1, wordy_rate=0.9)
+    prompts = instructions.prompts(world, "test", 3000, seed=0)
+    texts = instructions.annotate(world, prompts, seed=0)
+    assert texts == instructions.annotate(world, iter(prompts), seed=0)
+    assert texts != instructions.annotate(world, prompts, seed=1)
+    grades = [grade(p, text) for p, text in zip(prompts, texts, strict=True)]
+    assert np.mean([g.right for g in grades]) == pytest.approx(0.8, abs=0.03)
+    assert np.mean([g.format for g in grades]) == pytest.approx(0.9, abs=0.03)
+    assert np.mean([g.length < 1 for g in grades]) == pytest.approx(0.9, abs=0.03)
+    with pytest.raises(ValueError, match="must be a phrase of PHRASES"):
+        instructions.annotate(world, ["say hello"], seed=0)
+
+
 def digest_of_everything():
     tokenizer = instructions.train_tokenizer(WORLD)
     everything = (

@@ -13,7 +13,7 @@ import oracles
 import tiny_stage
 from experiments.worlds import pipeline as pipeline_lib
 from experiments.worlds.pipeline import Pipeline
-from experiments.worlds.sampled import sample_pairs
+from experiments.worlds.sampled import prefers, sample_pairs
 from pref_jax.data.records import Message
 from pref_jax.sampling import Samples
 from pref_jax.train import sharding
@@ -130,9 +130,9 @@ def shortest(prompt, response):
     return {"reward": -len(response)}
 
 
-def make_pairs(path, *samples):
+def make_pairs(path, *samples, num_samples=4, **options):
     run = scripted(drawn(*samples))
-    options = {"num_samples": 4, "use": 0, "path": path}
+    options |= {"num_samples": num_samples, "use": 0, "path": path}
     return sample_pairs(run, None, ["x"], shortest, **options)
 
 
@@ -147,6 +147,29 @@ def test_the_higher_grade_of_two_samples_is_chosen_and_a_tie_is_no_pair(tmp_path
     assert line["rewards"] == [-1, -2]
     with pytest.raises(ValueError, match="all grades are equal"):
         make_pairs(tmp_path / "ties.jsonl", tokens, [[1, 1, 2, 2]])
+
+
+def test_a_judge_with_a_temperature_is_a_coin_of_bradley_and_terry():
+    rng = np.random.default_rng(0)
+    taken = np.mean([prefers(0.3, 0.1, 0.2, rng) for _ in range(20_000)])
+    assert taken == pytest.approx(1 / (1 + np.exp(-1.0)), abs=0.01)
+    taken = np.mean([prefers(0.1, 0.3, 0.2, rng) for _ in range(20_000)])
+    assert taken == pytest.approx(1 / (1 + np.exp(1.0)), abs=0.01)
+    assert prefers(0.3, 0.1, 0.0, None) and not prefers(0.1, 0.3, 0.0, None)
+
+
+def test_sampled_pairs_may_be_judged_with_noise(tmp_path):
+    tokens, length = [[[2, 0], [1, 1]] * 500], [[1, 2] * 500]
+    options = {"num_samples": 1000, "temperature": 0.5}
+    pairs = make_pairs(tmp_path / "pairs.jsonl", tokens, length, **options)
+    right = np.mean([len(pair.responses[0]) == 1 for pair in pairs])
+    assert len(pairs) == 500
+    assert right == pytest.approx(1 / (1 + np.exp(-2.0)), abs=0.04)
+    lines = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert all(
+        line["rewards"] == [-len(line["chosen"]), -len(line["rejected"])]
+        for line in lines
+    )
 
 
 def test_another_use_and_another_seed_draw_with_another_key(monkeypatch):
@@ -178,6 +201,10 @@ def test_the_kl_of_a_prompt_is_the_mean_over_its_tokens():
     )
     expected = oracles.kl_divergence([1, 4, 4], [1, 1, 1])
     np.testing.assert_allclose(measured.kl, [expected] * 2, rtol=1e-5)
+    p = np.exp([1.0, 4.0, 4.0]) / np.exp([1.0, 4.0, 4.0]).sum()
+    np.testing.assert_allclose(
+        measured.entropy, [-(p * np.log(p)).sum()] * 2, rtol=1e-5
+    )
     assert measured.texts == [["a", "aaa"], ["a", "a"]]
 
 

@@ -11,7 +11,7 @@ import pytest
 import more_loss_oracles as oracles
 from losses.loss_cases import as_the_oracle_has_it, assert_golden
 from losses.more_loss_cases import DIVERGENCES
-from pref_jax import losses
+from pref_jax import losses, rewards
 from test_more_loss_oracles import BASE, BETA, COUNTS, kl, primal
 
 ARMS = np.repeat(np.arange(len(COUNTS)), COUNTS)  # of the demonstrations
@@ -228,3 +228,62 @@ def test_the_divergences_keep_nearer_to_the_base_in_their_known_order():
     assert far["total variation"] > 1.5 * far["Pearson chi-squared"]
     assert far["Pearson chi-squared"] > 1.5 * far["squared Hellinger"]
     assert far["squared Hellinger"] == pytest.approx(far["Jensen-Shannon"], rel=0.2)
+
+
+# --- what SFT and DPO share -----------------------------------------------------------
+
+
+def shared_reward(logits, c):
+    """r = beta log(pi / pi_0) + c of every arm, and log pi."""
+    logps = jax.nn.log_softmax(logits)
+    reward = rewards.implicit_reward(logps, anchor_logps=jnp.log(BASE), beta=BETA)
+    return reward + c, logps
+
+
+def test_the_kl_of_a_policy_and_its_own_reward_cancel_to_a_constant():
+    """E_pi[r] - beta KL(pi || pi_0) = c, whatever the policy is."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        for c in (0.0, -1.7, 3.0):
+            reward, logps = shared_reward(jnp.asarray(rng.normal(size=len(BASE))), c)
+            pi = np.exp(logps)
+            assert (pi @ reward) - BETA * kl(pi, BASE) == pytest.approx(c, abs=1e-12)
+
+
+def test_imitation_of_a_linear_divergence_has_the_gradient_of_sft():
+    """E_mu[r] - beta log Z(r), of whose policy r is the reward."""
+    rng = np.random.default_rng(1)
+    mu = np.array(COUNTS) / sum(COUNTS)
+
+    def dual(logits, c):
+        reward, _ = shared_reward(logits, c)
+        log_z = jax.nn.logsumexp(jnp.log(BASE) + reward / BETA)
+        return mu @ reward - BETA * log_z
+
+    def sft(logits):
+        return losses.nll_loss(jax.nn.log_softmax(logits)[ARMS])[0].mean()
+
+    with jax.enable_x64(True):
+        logits = jnp.asarray(rng.normal(size=len(BASE)))
+        ours, by_c = jax.grad(dual, argnums=(0, 1))(logits, 0.7)
+        np.testing.assert_allclose(ours, -BETA * jax.grad(sft)(logits), atol=1e-9)
+    # A constant of the reward is lost in log Z.
+    assert abs(float(by_c)) < 1e-12
+
+
+def test_the_reward_that_imitates_best_has_the_demonstrations_as_its_policy():
+    """Of all rewards, free of any policy; gradient of E_mu[r] - beta log Z(r)."""
+    mu = np.array(COUNTS) / sum(COUNTS)
+
+    def policy(reward):
+        return jax.nn.softmax(jnp.log(BASE) + reward / BETA)
+
+    def dual(reward):
+        return mu @ reward - BETA * jax.nn.logsumexp(jnp.log(BASE) + reward / BETA)
+
+    def step(reward, _):
+        return reward + 0.5 * BETA * jax.grad(dual)(reward), None
+
+    with jax.enable_x64(True):
+        reward, _ = jax.lax.scan(step, jnp.zeros(len(BASE)), length=4000)
+        np.testing.assert_allclose(policy(reward), mu, atol=1e-9)

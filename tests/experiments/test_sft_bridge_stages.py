@@ -1,0 +1,273 @@
+"""SFT before DPO: every arm is what it says, is tuned alike, and may lose."""
+
+import collections
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments.sft_bridge import stages, verdicts
+from experiments.sft_bridge.config import SMALL, SMOKE
+from experiments.sft_bridge.stages import Arm, Setting
+from experiments.worlds import instructions
+from experiments.worlds.claims import FAILS, HOLDS
+from pref_jax.train.checkpoint import PreemptionGuard
+
+CONFIG = SMOKE.stages
+ARMS = {arm.name: arm for arm in stages.make_arms(SMALL.stages)}
+
+
+def gap(first, second):
+    difference = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), first, second)
+    return max(jax.tree.leaves(difference))
+
+
+# --- pairs ----------------------------------------------------------------------------
+
+
+def test_a_judge_errs_as_often_as_bradley_and_terry_say():
+    world, temperature = CONFIG.world, 0.2
+    prompts = instructions.prompts(world, "train", 3000, seed=0)
+    pairs = stages.judged_pairs(world, prompts, 2000, temperature, seed=0)
+    assert len(pairs) == 2000
+    margins = np.array(
+        [
+            instructions.grade(row["prompt"], row["chosen"], world=world).reward
+            - instructions.grade(row["prompt"], row["rejected"], world=world).reward
+            for row in pairs
+        ]
+    )
+    assert (margins != 0).all()
+    expected = 1 / (1 + np.exp(-np.abs(margins) / temperature))
+    assert 0.02 < (margins < 0).mean() < 0.3
+    assert (margins > 0).mean() == pytest.approx(expected.mean(), abs=0.025)
+
+
+def test_too_few_pairs_of_unequal_rewards_are_an_error():
+    prompts = instructions.prompts(CONFIG.world, "train", 50, seed=0)
+    with pytest.raises(ValueError, match=r"50 prompts gave \d+ pairs .* 50 are asked"):
+        stages.judged_pairs(CONFIG.world, prompts, 50, 0.1, seed=0)
+
+
+# --- arms -----------------------------------------------------------------------------
+
+
+def chosen(arm, index, config=SMALL.stages):
+    """Results in which this setting of the nine is the best."""
+    rewards = [0.1] * 9
+    rewards[index] = 0.5
+    return {f"stages/tune/{arm}": {"rewards": rewards}}
+
+
+def test_every_arm_chooses_among_nine_settings():
+    config = SMALL.stages
+    results = chosen("whole rate", 4)  # the middle beta and rate
+    for arm in ARMS.values():
+        settings = stages.settings_of(arm, config, results)
+        assert len(set(settings)) == 9, arm
+        counts = collections.Counter(setting.knob for setting in settings)
+        assert list(counts) == list(arm.knobs)
+        if arm.knobs != (None,):
+            assert {s.dpo_beta for s in settings} == {config.dpo_betas[1]}
+    assert stages.chosen_setting(results, ARMS["whole rate"], config) == Setting(
+        None, config.dpo_betas[1], config.dpo_rates[1]
+    )
+
+
+def test_the_controls_of_the_paper_file_are_there():
+    names = list(ARMS)
+    assert {"early stop", "explicit KL", "decay to the base", "no SFT"} < set(names)
+    assert {"chi-squared", "Hellinger", "Jensen-Shannon", "joint"} < set(names)
+    fractions = [arm.fraction for arm in ARMS.values() if arm.fraction < 1]
+    assert fractions == [0.5, 0.25, 0.1, 0.05]
+    # What an arm needs of others stands before it.
+    reduced = [arm.name for arm in stages.reduced_arms(SMALL.stages)]
+    assert names[: 1 + len(reduced)] == ["whole rate", *reduced]
+
+
+def test_runs_are_counted_and_seed_zero_is_not_reported():
+    jobs = stages.jobs(SMALL.stages, epath.Path("nowhere"), None)
+    names = [job.name for job in jobs]
+    assert names[0] == "stages/rates"
+    assert sum(name.startswith("stages/tune/") for name in names) == len(ARMS)
+    seeds = {name.split("/")[1] for name in names if name.startswith("stages/seed")}
+    assert seeds == {f"seed{n}" for n in range(1, 6)}
+    by_name = {job.name: job for job in jobs}
+    assert by_name["stages/tune/whole rate"].num_runs == 1 + 9
+    assert by_name["stages/tune/explicit KL"].num_runs == 3 + 9
+    with pytest.raises(ValueError, match=r"each must lie in \(0, 1\)"):
+        dataclasses.replace(SMALL.stages, fractions=(1.0,))
+    with pytest.raises(ValueError, match="`num_seeds` must be 1 or more"):
+        dataclasses.replace(SMALL.stages, num_seeds=0)
+
+
+# --- training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = epath.Path(tmp_path_factory.mktemp("stages"))
+    with PreemptionGuard() as guard:
+        yield stages.prepare(CONFIG, folder, guard, 0)
+
+
+@pytest.fixture(scope="module")
+def trainer(prepared):
+    return stages.Trainer(CONFIG, prepared)
+
+
+RATE = 3e-3
+
+
+@pytest.mark.slow
+def test_the_data_of_a_seed_are_disjoint_and_carry_the_base(prepared):
+    assert len(prepared.demonstrations) == CONFIG.num_demonstrations
+    assert len(prepared.pairs) == CONFIG.num_pairs
+    for groups in (prepared.demonstrations, prepared.heldout_pairs):
+        assert all("anchor_logps" in group.extras for group in groups)
+    assert not any("anchor_logps" in group.extras for group in prepared.pairs)
+    assert not set(prepared.test) & set(prepared.pair_prompts)
+    assert not set(prepared.test) & set(prepared.validation)
+    assert len(prepared.expert_rewards) == len(prepared.test)
+
+
+@pytest.mark.slow
+def test_without_its_weight_an_arm_is_plain_sft_and_with_it_nearer_the_base(
+    prepared, trainer
+):
+    plain, updates = trainer.sft(stages.WHOLE, RATE, None)
+    moved = gap(plain, prepared.base)
+    assert updates == CONFIG.sft_steps and moved > 1e-3
+    for kind, strong in ((stages.KL, 100.0), (stages.DECAY, 300.0)):
+        arm = Arm(kind, kind)
+        none, _ = trainer.sft(arm, RATE, 0.0)
+        assert gap(none, plain) < 1e-5
+        held, _ = trainer.sft(arm, RATE, strong)
+        norms = [
+            sum(
+                float(jnp.square(x - y).sum())
+                for x, y in zip(*map(jax.tree.leaves, (p, prepared.base)), strict=True)
+            )
+            for p in (held, plain)
+        ]
+        assert norms[0] < 0.7 * norms[1], kind
+
+
+@pytest.mark.slow
+def test_a_small_beta_of_a_divergence_is_plain_sft(trainer):
+    plain, _ = trainer.sft(stages.WHOLE, RATE, None)
+    for name in stages.DIVERGENCES:
+        found, _ = trainer.sft(Arm(name, name), RATE, 1e-4)
+        assert gap(found, plain) < 1e-4
+    far, _ = trainer.sft(Arm("x", "Hellinger"), RATE, 3.0)
+    assert gap(far, plain) > 1e-4
+
+
+@pytest.mark.slow
+def test_an_early_stop_ends_at_the_loss_that_it_is_told(trainer):
+    arm = dataclasses.replace(stages.EARLY)
+    losses = {}
+
+    def watch(number, params):
+        losses[number] = trainer.validation_loss(params)
+
+    _, updates = trainer.sft(arm, RATE, None, watch=watch)
+    assert updates == CONFIG.sft_steps and losses[0] > losses[4] > losses[6]
+    target = (losses[2] + losses[4]) / 2
+    params, updates = trainer.sft(arm, RATE, None, stop_at=target)
+    assert updates == 4  # looked at after 0, 2 and 4
+    assert trainer.validation_loss(params) <= target
+    _, updates = trainer.sft(arm, RATE, None, stop_at=losses[0] + 1)
+    assert updates == 0
+
+
+@pytest.mark.slow
+def test_both_losses_at_once_go_towards_each_of_them(prepared, trainer):
+    pairs = stages.store_anchor(
+        prepared.pipeline, "of_base", prepared.base, prepared.pairs, CONFIG.base
+    )
+
+    def accuracy(params):
+        return stages.implicit_accuracy(prepared, CONFIG, params)
+
+    little = trainer.joint(pairs, Setting(1e-6, 0.1, RATE))
+    much = trainer.joint(pairs, Setting(100.0, 0.1, RATE))
+    base = trainer.validation_loss(prepared.base)
+    assert trainer.validation_loss(little) < base
+    assert trainer.validation_loss(little) < trainer.validation_loss(much)
+    assert accuracy(prepared.base) == 0.5  # undecided
+    assert accuracy(much) > accuracy(little)
+
+
+@pytest.mark.slow
+def test_slopes_are_watched_from_the_first_update_to_the_last(prepared, trainer):
+    watch = stages.SlopeWatch(prepared, CONFIG, "Hellinger", 1.0, num=3)
+    trainer.sft(Arm("x", "Hellinger"), RATE, 1.0, watch=watch)
+    assert watch.steps == [0, 3, 6]
+    first, _, last = watch.quantiles
+    np.testing.assert_allclose(first, 1.0, rtol=1e-4)  # at the base
+    assert last[0] < 0.999 and (np.diff(last) >= 0).all()
+
+
+# --- verdicts -------------------------------------------------------------------------
+
+
+def results(rewards, own=(0.5, 0.5), reduced="0.25 of the rate"):
+    """Of an arm the reward after DPO, the same for every seed but for a little."""
+    found = {"stages/rates": {"losses": [0.5, 0.4, 0.3, 0.4, 0.5]}}
+    for name in ARMS:
+        best = 0.9 if name in (reduced, "Hellinger") else 0.8
+        tuning = {"rewards": [0.1] * 8 + [best]}
+        found[f"stages/tune/{name}"] = tuning
+        for seed in range(1, 6):
+            reward = rewards.get(name, 0.6) + 0.001 * seed
+            run = {"dpo": {"reward": reward}, "sft_loss": 0.4}
+            if name in ("whole rate", reduced):
+                run["own"] = {"reward": own[name == reduced] + 0.001 * seed}
+            found[f"stages/seed{seed}/{name}"] = run
+    return found
+
+
+def judged(rewards, **options):
+    measured = verdicts.StagesMeasured(results(rewards, **options), SMALL.stages)
+    return verdicts.judge_stages(measured)
+
+
+def test_a_rate_that_helps_beyond_its_controls_holds():
+    found = judged({"0.25 of the rate": 0.7, "joint": 0.5}, own=(0.5, 0.6))
+    by_claim = {v.claim: v for v in found}
+    assert [v.verdict for v in found[:5]] == [HOLDS] * 5
+    assert found[0].effect.mean == pytest.approx(0.1)
+    assert "0.25 of the rate less whole rate" in found[0].unit
+    # The divergences are as good as plain SFT: an interval at zero does not hold.
+    same = [v for claim, v in by_claim.items() if claim.endswith("at the same rate.")]
+    assert [v.verdict for v in same] == [FAILS] * 3
+    assert found[-1].verdict == HOLDS and found[-1].effect.mean == pytest.approx(0.1)
+
+
+def test_a_control_that_does_the_same_and_a_joint_stage_that_is_better_are_seen():
+    rewards = {"0.25 of the rate": 0.7, "early stop": 0.7, "joint": 0.65}
+    found = judged(rewards)
+    assert found[0].verdict == HOLDS
+    assert found[1].verdict == FAILS  # own pairs
+    assert found[2].verdict == FAILS  # early stop
+    assert found[3].verdict == HOLDS
+    assert found[-1].verdict == FAILS and found[-1].effect.high < 0
+
+
+def test_the_best_divergence_is_held_against_the_best_rate():
+    rewards = {"0.25 of the rate": 0.7, "Hellinger": 0.65}
+    found = judged(rewards)
+    (best,) = [v for v in found if "best f-divergence" in v.claim]
+    assert best.verdict == FAILS and "Hellinger less 0.25 of the rate" in best.unit
+    (same,) = [v for v in found if v.claim.startswith("SFT by Hellinger")]
+    assert same.verdict == HOLDS
+
+
+def test_the_rate_of_the_lowest_validation_loss_is_the_whole_one():
+    measured = verdicts.StagesMeasured(results({}), SMALL.stages)
+    assert math.isclose(measured.rate, SMALL.stages.sft_rates[2])
