@@ -20,10 +20,8 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.adpo.arms import Setting
 from experiments.worlds import instructions, methods, tasks
@@ -35,14 +33,13 @@ from experiments.worlds.pipeline import (
     store_anchor,
 )
 from experiments.worlds.sampled import sample_lists
+from experiments.worlds.short_runs import ShortRuns, adamw, method_loss
 from pref_jax import anchors
 from pref_jax.losses.pairwise import ipo_loss, logistic_loss, robust_loss
 from pref_jax.method import Method
 from pref_jax.rewards import sequence_reward
 from pref_jax.train import sharding
 from pref_jax.train.stage import StageConfig
-from pref_jax.train.state import init_state
-from pref_jax.train.step import make_train_step
 from pref_jax.types import PyTree, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
@@ -296,16 +293,19 @@ class Trainer:
         self._batches = pipeline.batches(groups[:whole], row_length, stage)
         self._num_records = 1 + max(group.record for group in groups)
 
-        def step(state, batch, setting, flip_rate):
-            method = arm.make(setting, flip_rate)
-            optimizer = _optimizer(setting)
-            return make_train_step(method, pipeline.model, optimizer)(state, batch)[0]
+        def loss(params, anchor, batch, numbers):
+            method = arm.make(*numbers)
+            return method_loss(method, pipeline.model, params, anchor, batch)
 
-        self._step = jax.jit(step, donate_argnums=0)
+        def optimizer(numbers, anchor):
+            del anchor
+            return adamw(numbers[0].learning_rate)
+
+        self._runs = ShortRuns(pipeline.mesh, loss, optimizer)
 
     def train(self, setting: Setting, flip_rate: float, seed: int) -> PyTree:
         """Parameters after all updates on lists of which this share is negated."""
-        config, mesh = self._config, self._prepared.pipeline.mesh
+        config = self._config
         wrong = wrong_labels(self._num_records, flip_rate, seed)
         rng = np.random.default_rng([seed, 1])
         order = np.concatenate(
@@ -314,25 +314,15 @@ class Trainer:
                 for _ in range(-(-config.num_steps // len(self._batches)))
             ]
         )[: config.num_steps]
-        setting, flip_rate = jax.tree.map(np.float32, (setting, flip_rate))
-        state = init_state(
-            self._prepared.reference, _optimizer(setting), rng=jax.random.key(seed)
+
+        def judged(number):
+            batch = self._batches[int(number)]
+            sign = np.where(wrong[batch.record], -1.0, 1.0).astype(np.float32)
+            return dataclasses.replace(batch, labels=batch.labels * sign[:, None])
+
+        return self._runs.train(
+            self._prepared.reference, map(judged, order), (setting, flip_rate)
         )
-        with jax.set_mesh(mesh):
-            for number in order:
-                batch = self._batches[int(number)]
-                sign = np.where(wrong[batch.record], -1.0, 1.0).astype(np.float32)
-                batch = dataclasses.replace(batch, labels=batch.labels * sign[:, None])
-                batch = sharding.place_batch(mesh, batch)
-                state = self._step(state, batch, setting, flip_rate)
-        return state.params
-
-
-def _optimizer(setting: Setting) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(setting.learning_rate, b2=0.95, weight_decay=0.0),
-    )
 
 
 def _measure(prepared: Prepared, config: LanguageConfig, params, prompts, use) -> dict:
