@@ -6,19 +6,21 @@
 
 With `beta` it is DPO on pairs, anchored to the model that it starts from; with
 `temperature` too, ADPO on pairs or on lists of K responses, whose labels are grades;
-without, SFT on demonstrations, or on the chosen response of each pair. All parameters
-are trained, or low-rank adapters. The anchor's logps are stored before training, so
-that its parameters leave memory. After DPO or ADPO the rewards of held-out groups are
-measured. The model is a stage in the run's folder, which --model of any experiment
-takes and `scripts/convert_checkpoint.py` turns into a Hugging Face folder. Model and
-data may lie on `gs://`.
+without, SFT on demonstrations, or on the chosen response of each pair, which with
+`divergence` keeps near the model that it starts from. All parameters are trained, or
+low-rank adapters. The anchor's logps are stored before training, so that its parameters
+leave memory. After DPO or ADPO the rewards of held-out groups are measured. The model
+is a stage in the run's folder, which --model of any experiment takes and
+`scripts/convert_checkpoint.py` turns into a Hugging Face folder. Model and data may lie
+on `gs://`.
 
 The presets name a model, what is trained, and the TPU slice whose mesh and
 micro-batches they set. What they plan for (`planned`) is a batch of groups of a stated
 size: that is what `scripts/compile_for_tpu.py` compiles, from shapes alone. A run takes
 the sizes of its data instead.
 
-Source: DPO, arXiv:2305.18290v3; ADPO, arXiv:2510.18913v6. Reproduces no table.
+Source: DPO, arXiv:2305.18290v3; ADPO, arXiv:2510.18913v6; SFT by a divergence,
+arXiv:2507.00018. Reproduces no table.
 Hardware: of the preset; not run there. docs/tpu.md says which presets were compiled for
 their slice.
 """
@@ -30,9 +32,6 @@ import functools
 import logging
 import time
 
-import jax
-import jax.numpy as jnp
-
 from experiments.worlds import methods, tasks
 from experiments.worlds.command import run_command
 from experiments.worlds.pipeline import (
@@ -42,56 +41,22 @@ from experiments.worlds.pipeline import (
     save_tokenizer,
     store_anchor,
 )
+from experiments.worlds.planned import Compute, MeshSizes, Planned, Programs
 from pref_jax import model_folders, processes
-from pref_jax.data import rows
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval
-from pref_jax.logps import response_scores
 from pref_jax.method import Method
-from pref_jax.models import decoder, flops, lora, published
+from pref_jax.models import decoder, published
 from pref_jax.models.lora import LoraConfig
-from pref_jax.sampling import SamplingConfig, make_sampler
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.costs import Program
 from pref_jax.train.loop import LoopConfig
 from pref_jax.train.optimizer import OptimizerConfig
-from pref_jax.train.stage import StageConfig, plan_stage
+from pref_jax.train.stage import StageConfig
 
 _logger = logging.getLogger("pref_jax.experiments")
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How the model computes."""
-
-    dtype: str = "bfloat16"  # of matrix products: float32 or bfloat16
-    attention: str = "auto"  # auto (by length of the row), xla or blockwise
-    remat: str = "full"  # none, dots or full
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSizes:
-    """Devices along each axis of the mesh, of one slice."""
-
-    data: int = -1  # different rows, all parameters; -1: what is left
-    fsdp: int = 1  # different rows, parts of the parameters
-    tensor: int = 1  # parts of each product
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """The batch that a preset is compiled for: groups of one size."""
-
-    num_rows: int = 64  # G
-    groups_per_row: int = 2  # E
-    prompt: int = 256  # tokens of a prompt
-    response: int = 383  # tokens of each of its responses
-    list_size: int = 8  # responses to a prompt, for ADPO
-    sampled_prompts: int = 64  # of the sampler
-    samples: int = 4  # to each of them
-    new_tokens: int = 512  # of a sampled response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +68,8 @@ class Config:
     temperature: float | None = None  # of ADPO's targets, unit of the labels; None: DPO
     adaptive: bool = False  # let ADPO's tau follow entropy and grades
     adaptive_tau: methods.AdaptiveTau = methods.AdaptiveTau()
+    divergence: str | None = None  # of SFT that keeps near its start; None: plain SFT
+    fsft: methods.FsftConfig = methods.FsftConfig()  # how it keeps near
     adapters: bool = False  # train low-rank adapters instead of all parameters
     lora: LoraConfig = LoraConfig()  # the adapters
     model: str | None = None  # folder of the checkpoint: Hugging Face, adapter, stage
@@ -143,6 +110,14 @@ class Config:
             raise ValueError("`adaptive` belongs to ADPO; give --temperature too.")
         if self.adaptive_tau != methods.AdaptiveTau() and not self.adaptive:
             raise ValueError("`adaptive_tau` belongs to `adaptive`; give --adaptive.")
+        if self.divergence is not None:
+            methods.find_divergence(self.divergence)
+            if self.beta is not None:
+                raise ValueError(
+                    "`divergence` is of SFT and `beta` of DPO; give one of them."
+                )
+        elif self.fsft != methods.FsftConfig():
+            raise ValueError("`fsft` belongs to `divergence`; give --divergence too.")
         if self.shape not in published.SHAPES:
             raise ValueError(
                 f"`shape` must be one of {', '.join(published.SHAPES)}; got "
@@ -158,7 +133,12 @@ class Config:
 
 
 def make_method(config: Config) -> Method:
-    """DPO or ADPO against stored logps, or SFT."""
+    """DPO, ADPO or SFT by a divergence against stored logps, or plain SFT."""
+    if config.divergence is not None:
+        return methods.make_fsft(
+            methods.find_divergence(config.divergence),
+            **dataclasses.asdict(config.fsft),
+        )
     if config.beta is None:
         return methods.make_sft()
     if config.temperature is not None:
@@ -213,6 +193,7 @@ SFT = Config(
         loop=_HOURS,
     ),
 )
+FSFT = dataclasses.replace(SFT, divergence="chi-squared")
 DPO = dataclasses.replace(
     SFT,
     beta=0.1,
@@ -243,7 +224,7 @@ _ON_EVERY_SLICE = {
     "sft-lora": _with_adapters(SFT),
     "dpo-lora": _with_adapters(DPO),
 }
-METHODS = {**_ON_EVERY_SLICE, "adpo": ADPO}
+METHODS = {**_ON_EVERY_SLICE, "fsft": FSFT, "adpo": ADPO}
 SLICES = {
     "llama-3-8b": {
         "v5e-16x16": (MeshSizes(fsdp=64, tensor=4), 1),
@@ -278,7 +259,7 @@ _PLACES = [
     for name in slices
     for method in _ON_EVERY_SLICE
 ]
-_PLACES.append(("llama-3-8b", "adpo", "v5p-4x4x4"))
+_PLACES += [("llama-3-8b", method, "v5p-4x4x4") for method in ("fsft", "adpo")]
 PRESETS = {"smoke": SMOKE, **METHODS} | {
     "-".join(place): _preset(*place) for place in _PLACES
 }
@@ -304,104 +285,21 @@ def programs(config: Config, mesh) -> list[Program]:
     sizes = published.SHAPES[config.shape]
     if config.model is not None:
         sizes = model_folders.load_config(config.model)
-    sizes = dataclasses.replace(sizes, **dataclasses.asdict(config.compute))
-    model, method, plan = (
-        decoder.make_decoder(sizes),
-        make_method(config),
+    found = Programs(
+        dataclasses.replace(sizes, **dataclasses.asdict(config.compute)),
         config.planned,
+        mesh,
+        adapters=config.lora if config.adapters else None,
+        param_dtype=_param_dtype(config),
     )
-    trained = jax.eval_shape(model.init, jax.random.key(0))
-    frozen, passes = (), 3
-    whole = trained
-    if config.adapters:
-        model, passes = lora.adapted(model, config.lora), 2
-        split = functools.partial(lora.split, config=config.lora, key=jax.random.key(0))
-        frozen, trained = jax.eval_shape(split, whole)
-        frozen = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, _param_dtype(config)), frozen
-        )
+    method = make_method(config)
     num_responses = 1 if config.beta is None else 2
     if config.temperature is not None:
-        num_responses = plan.list_size
-    group = (plan.prompt, (plan.response,) * num_responses)
-    num_groups = plan.num_rows * plan.groups_per_row
-    forward = flops.forward_flops(sizes, [group] * num_groups)
-    length = plan.groups_per_row * (
-        plan.prompt - 1 + num_responses * (plan.response + 1)
-    )
-    shape = rows.RowShape(
-        num_rows=plan.num_rows,
-        row_length=-(-length // 128) * 128,
-        groups_per_row=plan.groups_per_row,
-        num_predict=plan.groups_per_row * num_responses * plan.response,
-        num_responses=num_responses,
-        num_targets=plan.response,
-    )
-    batch = sharding.batch_shapes(
-        mesh, rows.batch_shapes(shape, sorted(method.requires))
-    )
-    stage = plan_stage(
-        config.stage,
-        method=method,
-        model=model,
-        params=trained,
-        anchor=(),
-        count=rows.count_batch,
-        mesh=mesh,
-        frozen=frozen,
-    )
-    found = [
-        Program(
-            name="train step",
-            function=stage.step.program,
-            arguments=stage.step.arguments(stage.state, batch),
-            useful_flops=passes * forward,
-            formula=f"{flops.FORMULA}, {passes} passes",
-        )
-    ]
-    plain = decoder.make_decoder(sizes)
-    shardings = sharding.param_shardings(mesh, plain.param_axes(whole), whole)
-
-    def held(dtype):
-        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), whole)
-        return sharding.with_shardings(cast, shardings)
-
-    if config.beta is not None:
-        found.append(
-            Program(
-                name="scoring pass",
-                function=jax.jit(functools.partial(response_scores, plain)),
-                arguments=(held(_param_dtype(config)), batch),
-                useful_flops=forward,
-                formula=f"{flops.FORMULA}, 1 pass",
-            )
-        )
-    prompts, count = plan.sampled_prompts, plan.samples
-    settings = SamplingConfig(num_samples=count, max_new_tokens=plan.new_tokens)
-    sampled = (plan.prompt, (plan.new_tokens,) * count)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found.append(
-        Program(
-            name="sampler",
-            function=make_sampler(plain, settings, end_ids=(0,)).draw,
-            arguments=(
-                held(jnp.bfloat16),
-                jax.ShapeDtypeStruct(
-                    (prompts, plan.prompt), jnp.int32, sharding=everywhere
-                ),
-                jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=everywhere),
-                sharding.with_shardings(
-                    jax.eval_shape(
-                        lambda: jax.random.split(jax.random.key(0), prompts)
-                    ),
-                    everywhere,
-                ),
-            ),
-            useful_flops=flops.forward_flops(sizes, [sampled] * prompts),
-            formula=f"{flops.FORMULA}, 1 pass",
-        )
-    )
-    return found
+        num_responses = config.planned.list_size
+    programs = [found.step("train step", config.stage, method, num_responses)]
+    if "anchor_logps" in method.requires:
+        programs.append(found.scoring("scoring pass", method, num_responses))
+    return [*programs, found.sampler()]
 
 
 def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
@@ -413,10 +311,11 @@ def run(config: Config, pipeline: Pipeline, task: tasks.Task, params) -> dict:
     method = make_method(config)
     groups, unit = task.demonstrations, "demonstrations"
     if config.beta is not None:
-        unit = "pairs"
+        unit, groups = "pairs", task.pairs
+    if "anchor_logps" in method.requires:
         groups = tuple(
             store_anchor(pipeline, name, params, part, config.stage)
-            for name, part in zip(("train", "heldout"), task.pairs, strict=True)
+            for name, part in zip(("train", "heldout"), groups, strict=True)
         )
     trained, fitted = pipeline.train(
         method.name,

@@ -14,6 +14,12 @@ from pref_jax.losses.batch_coupled import solve_partition
 from pref_jax.losses.listwise import listwise_cross_entropy
 from pref_jax.losses.pairwise import logistic_loss
 from pref_jax.losses.supervised import (
+    CHI_SQUARED,
+    FORWARD_KL,
+    JENSEN_SHANNON,
+    REVERSE_KL,
+    SQUARED_HELLINGER,
+    TOTAL_VARIATION,
     Divergence,
     fsft_loss,
     fsft_solved_loss,
@@ -32,6 +38,53 @@ def make_sft() -> Method:
         weight=token_weight,
         couples_responses=False,
     )
+
+
+DIVERGENCES = {
+    "total-variation": TOTAL_VARIATION,
+    "chi-squared": CHI_SQUARED,
+    "hellinger": SQUARED_HELLINGER,
+    "jensen-shannon": JENSEN_SHANNON,
+    "forward-kl": FORWARD_KL,
+    "reverse-kl": REVERSE_KL,
+}
+"""Of SFT, by the names that configs call them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FsftConfig:
+    """How SFT by a divergence keeps near the model before it."""
+
+    beta: float = 0.1  # reward per nat; ours: the paper's is not verified
+    level: str = "token"  # token or sequence: what has a reward
+    partition: str = "zero"  # zero or solve: the constant of the rewards
+
+    def __post_init__(self):
+        if not self.beta > 0:
+            raise ValueError(f"`beta` must be positive; got {self.beta}.")
+        _check_fsft(self.level, self.partition)
+
+
+def _check_fsft(level, partition):
+    for name, value, options in (
+        ("level", level, ("token", "sequence")),
+        ("partition", partition, ("zero", "solve")),
+    ):
+        if value not in options:
+            raise ValueError(f"`{name}` must be {' or '.join(options)}; got {value!r}.")
+
+
+def find_divergence(name: str) -> Divergence:
+    """A divergence by its name.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    if name not in DIVERGENCES:
+        raise ValueError(
+            f"`divergence` must be one of {', '.join(DIVERGENCES)}; got {name!r}."
+        )
+    return DIVERGENCES[name]
 
 
 def make_fsft(
@@ -56,10 +109,7 @@ def make_fsft(
     Raises:
       ValueError: there is no such level or partition.
     """
-    if level not in ("token", "sequence"):
-        raise ValueError(f"`level` must be token or sequence; got {level!r}.")
-    if partition not in ("zero", "solve"):
-        raise ValueError(f"`partition` must be zero or solve; got {partition!r}.")
+    _check_fsft(level, partition)
 
     def reward(scores, anchor_scores, batch):
         log_ratio = scores.logp - anchor_scores.logp
@@ -90,7 +140,7 @@ def make_fsft(
         return values, {name: (value, counted) for name, value in metrics.items()}
 
     return Method(
-        name=f"SFT, {divergence.name}",
+        name="f-SFT",
         anchor=anchors.fixed(),
         reward=reward,
         loss=loss,

@@ -12,7 +12,7 @@ import pytest
 
 import own_files as files
 from experiments import finetune
-from experiments.worlds.methods import AdaptiveTau
+from experiments.worlds.methods import AdaptiveTau, FsftConfig
 from pref_jax import model_folders
 from pref_jax.models import published
 from pref_jax.train import sharding
@@ -96,6 +96,24 @@ def test_demonstrations_are_for_sft_alone(own_files, tmp_path, pytestconfig):
 
 
 @pytest.mark.slow
+def test_sft_by_a_divergence_begins_at_its_anchor(own_files, tmp_path, pytestconfig):
+    model = ("--model", own_files / "base", "--data", own_files / "pairs.jsonl")
+    small = ("--compute.dtype", "float32", "--stage.groups-per-step", 8)
+    options = ("--stage.optimizer.warmup-steps", 1, "--fsft.partition", "solve")
+    result = run(
+        tmp_path,
+        *("--preset", "fsft", *TINY, *small, *options, *model),
+        root=pytestconfig.rootpath,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    path = tmp_path / "runs/finetune/001/f-SFT/metrics.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    # Every token weighs 1 at the anchor.
+    assert first["sft/weight"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(first["loss"]) < 1e-3
+
+
+@pytest.mark.slow
 def test_lists_are_for_adpo_alone(own_files, tmp_path, pytestconfig):
     grades = {"labels": [0.0, 2.0, 1.0]}
     rows = [
@@ -129,6 +147,9 @@ def test_a_run_without_model_or_data_says_what_it_needs():
         ({"beta": None, "temperature": 1.0}, "`temperature` belongs to `beta`"),
         ({"adaptive": True}, "`adaptive` belongs to ADPO; give --temperature"),
         ({"adaptive_tau": AdaptiveTau(low=0.2)}, "belongs to `adaptive`; give"),
+        ({"divergence": "hellinger"}, "`divergence` is of SFT and `beta` of DPO"),
+        ({"beta": None, "divergence": "kl"}, "`divergence` must be one of total-var"),
+        ({"fsft": FsftConfig(level="sequence")}, "`fsft` belongs to `divergence`"),
         ({"shape": "llama-9"}, "`shape` must be one of llama-3-8b"),
         ({"lora": dataclasses.replace(finetune.SMOKE.lora, rank=3)}, "give --adapters"),
         ({"weights": (1.0,)}, "a number for each of 0 sources"),
@@ -141,7 +162,7 @@ def test_a_bad_config_is_an_error(change, message):
 
 def test_every_preset_of_a_slice_splits_its_batch():
     names = [name for name in finetune.PRESETS if "v5" in name or "v6" in name]
-    assert len(names) == 25
+    assert len(names) == 26
     for name in names:
         config = finetune.PRESETS[name]
         sizes = published.SHAPES[config.shape]
@@ -159,7 +180,8 @@ def test_programs_are_known_from_shapes_alone(method):
     config = dataclasses.replace(finetune.METHODS[method], shape="llama-3.2-1b")
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     found = {program.name: program for program in finetune.programs(config, mesh)}
-    scored = ["scoring pass"] if config.beta else []
+    anchored = config.beta or config.divergence
+    scored = ["scoring pass"] if anchored else []
     assert list(found) == ["train step", *scored, "sampler"]
     moving, frozen, batch = found["train step"].arguments
     length = {1: 1280, 2: 2048, 8: 3328}
@@ -173,7 +195,7 @@ def test_programs_are_known_from_shapes_alone(method):
         for leaf in jax.tree.leaves(program.arguments):
             assert leaf.sharding.mesh == mesh
     passes = 2 if config.adapters else 3
-    if config.beta:
+    if anchored:
         ratio = found["train step"].useful_flops / found["scoring pass"].useful_flops
         assert ratio == passes
     # 2 flops a parameter and token at least, of 1.24 billion less the embedding.
