@@ -42,6 +42,7 @@ from experiments.worlds.models import DecoderSizes, make_model
 from experiments.worlds.pipeline import (
     Grade,
     Pipeline,
+    eval_step,
     measure_preferences,
     measure_responses,
     store_anchor,
@@ -61,7 +62,7 @@ from pref_jax.method import objective
 from pref_jax.train import sharding
 from pref_jax.train.optimizer import OptimizerConfig, make_schedule
 from pref_jax.train.stage import StageConfig
-from pref_jax.train.step import evaluate, make_eval_step
+from pref_jax.train.step import evaluate
 from pref_jax.types import PyTree, TokenGroup
 
 PLAIN, KL, DECAY, NO_SFT, JOINT = "plain", "KL", "decay", "no SFT", "joint"
@@ -411,9 +412,7 @@ def _runs(config: StagesConfig, model, mesh, kind: str) -> ShortRuns:
     return ShortRuns(mesh, losses.get(kind, by_divergence), optimizer)
 
 
-@functools.cache
-def _loss_step(model):
-    return jax.jit(make_eval_step(methods.make_sft(), model))
+_LIKELIHOOD = methods.make_sft()
 
 
 class Trainer:
@@ -440,7 +439,8 @@ class Trainer:
 
     def validation_loss(self, params) -> float:
         """Mean of -log p over tokens of the held-out demonstrations, nats."""
-        step = _loss_step(self._prepared.pipeline.model)
+        pipeline = self._prepared.pipeline
+        step = eval_step(_LIKELIHOOD, pipeline.model, pipeline.mesh)
         return evaluate(step, params, (), self._heldout)["loss"]
 
     def sft(

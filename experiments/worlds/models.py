@@ -15,6 +15,9 @@ from pref_jax.train.optimizer import OptimizerConfig
 from pref_jax.train.stage import StageConfig
 from pref_jax.types import Model, PyTree
 
+COMPUTE = ("dtype", "attention", "remat")
+"""Fields of `DecoderSizes` that say how a model computes, and not what it is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSizes:
@@ -53,12 +56,11 @@ def make_model(
       CheckpointFormatError: as `model_folders.load`.
     """
     if checkpoint is not None:
-        compute = ("dtype", "attention", "remat")
         found, params = model_folders.load(
             checkpoint,
             mesh=mesh,
             max_positions=max_positions,
-            **{name: getattr(sizes, name) for name in compute},
+            **{name: getattr(sizes, name) for name in COMPUTE},
         )
         return decoder.make_decoder(found), params
     fresh = decoder.DecoderConfig(

@@ -36,6 +36,7 @@ from pref_jax.train.logging import Progress
 from pref_jax.train.loop import Fitted, Preempted, Watch
 from pref_jax.train.profiling import ProfileConfig, StartClock, enable_compile_cache
 from pref_jax.train.stage import StageConfig, train_stage
+from pref_jax.train.step import evaluate, make_eval_step
 from pref_jax.train.tracking import WandbConfig
 from pref_jax.types import Model, PyTree, TokenGroup
 
@@ -395,6 +396,29 @@ def store_anchor(
             score=logps,
             key={"model": anchor_cache.params_identity(params)},
         )
+
+
+@functools.cache
+def eval_step(method: Method, model: Model, mesh: jax.sharding.Mesh) -> Callable:
+    """The compiled step of `train.step.evaluate`; every process gets the sums."""
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(make_eval_step(method, model), out_shardings=everywhere)
+
+
+def measure_loss(
+    pipeline: Pipeline,
+    method: Method,
+    params: PyTree,
+    groups: Sequence[TokenGroup],
+    stage: StageConfig,
+) -> dict[str, float]:
+    """Mean loss and metrics of a method on some groups, on stored logps or none."""
+    groups, row_length = pipeline.fit(groups)
+    batches = pipeline.batches(groups, row_length, stage)
+    step = eval_step(method, pipeline.model, pipeline.mesh)
+    with jax.set_mesh(pipeline.mesh):
+        placed = (sharding.place_batch(pipeline.mesh, batch) for batch in batches)
+        return evaluate(step, params, (), placed)
 
 
 def measure_preferences(
