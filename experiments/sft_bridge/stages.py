@@ -88,7 +88,8 @@ class StagesConfig:
         width=96, num_layers=4, num_heads=4, num_kv_heads=4, mlp_width=288
     )
     num_documents: int = 18_000
-    num_crowd: int = 18_000  # prompts with responses, as text to pre-train on
+    num_crowd: int = 18_000  # prompts with responses of the crowd
+    crowd_share: float = 0.1  # of them in the groups that the base learns
     num_demonstrations: int = 1_600
     num_pairs: int = 4_000
     label_temperature: float = 0.1  # of the judge, in reward
@@ -96,9 +97,9 @@ class StagesConfig:
     sft_steps: int = 150  # three epochs
     dpo_steps: int = 125  # one epoch
     warmup: float = 0.1  # share of a stage
-    sft_rates: tuple[float, ...] = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
+    sft_rates: tuple[float, ...] = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
     fractions: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)  # of the best of them
-    dpo_betas: tuple[float, float, float] = (0.01, 0.03, 0.1)
+    dpo_betas: tuple[float, float, float] = (0.03, 0.1, 0.3)
     dpo_rates: tuple[float, float, float] = (1e-4, 2e-4, 4e-4)
     kl_weights: tuple[float, float, float] = (0.1, 0.3, 1.0)
     decay_weights: tuple[float, float, float] = (10.0, 30.0, 100.0)  # times the rate
@@ -120,6 +121,10 @@ class StagesConfig:
     def __post_init__(self):
         if self.num_seeds < 1:
             raise ValueError(f"`num_seeds` must be 1 or more; got {self.num_seeds}.")
+        if not 0 < self.crowd_share < 1:
+            raise ValueError(
+                f"`crowd_share` must lie in (0, 1); got {self.crowd_share}."
+            )
         if not all(0 < fraction < 1 for fraction in self.fractions):
             raise ValueError(
                 f"`fractions` are of the whole rate, which is an arm of its own: each "
@@ -304,7 +309,7 @@ def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
         return encoder.encode_all(records.from_objects(rows))
 
     text = [
-        sources.Mixture(parts, [1.0, 1.0])
+        sources.Mixture(parts, [1 - config.crowd_share, config.crowd_share])
         for parts in zip(task.documents, task.demonstrations, strict=True)
     ]
     base, _ = pipeline.train(
