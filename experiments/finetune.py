@@ -28,7 +28,6 @@ their slice.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import time
 
@@ -38,19 +37,17 @@ from experiments.worlds.pipeline import (
     Pipeline,
     make_watch,
     measure_preferences,
-    save_tokenizer,
     store_anchor,
 )
 from experiments.worlds.planned import Compute, MeshSizes, Planned, Programs
-from pref_jax import model_folders, processes
+from experiments.worlds.single import keep_record, open_pipeline
+from pref_jax import model_folders
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval
 from pref_jax.method import Method
 from pref_jax.models import decoder, published
 from pref_jax.models.lora import LoraConfig
-from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
-from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.costs import Program
 from pref_jax.train.loop import LoopConfig
 from pref_jax.train.optimizer import OptimizerConfig
@@ -347,7 +344,6 @@ def run_config(config: Config):
         wandb=config.wandb,
         compile_cache=config.compile_cache,
     )
-    values = dataclasses.asdict(config)
     task, mesh = make_task(config), make_mesh(config)
     found, params = model_folders.load(
         config.model,
@@ -356,39 +352,26 @@ def run_config(config: Config):
         param_dtype=_param_dtype(config),
         **dataclasses.asdict(config.compute),
     )
-    with (
-        run_lib.open_run(config.root, config=values, name=config.name) as folder,
-        PreemptionGuard() as guard,
-    ):
-        _logger.info("run folder: %s", folder)
-        processes.on_first(functools.partial(save_tokenizer, task.encoder, folder))
-        for note in task.notes:
-            _logger.info("%s", note)
-        pipeline = Pipeline(
-            folder=folder,
-            guard=guard,
-            mesh=mesh,
-            model=decoder.make_decoder(found),
-            encoder=task.encoder,
-            seed=config.seed,
-            row_length=config.row_length,
-            long_groups=config.long_groups,
-            max_new_tokens=1,
-            lora=config.lora if config.adapters else None,
-            watch=watch,
+    with open_pipeline(
+        config,
+        mesh=mesh,
+        model=decoder.make_decoder(found),
+        encoder=task.encoder,
+        notes=task.notes,
+        watch=watch,
+        max_new_tokens=1,
+        lora=config.lora if config.adapters else None,
+    ) as pipeline:
+        results = run(config, pipeline, task, params)
+        keep_record(
+            "finetune",
+            config,
+            pipeline,
+            results=results,
+            seconds=time.perf_counter() - began,
+            notes=task.notes,
         )
-        record = {
-            "experiment": "finetune",
-            "results": run(config, pipeline, task, params),
-            "config": values,
-            "environment": run_lib.environment(),
-            "seconds": time.perf_counter() - began,  # of the last start
-            "starts": run_lib.count_starts(folder),
-            "notes": [*task.notes, *pipeline.notes],
-        }
-        path = folder / run_lib.RECORD_FILE
-        processes.on_first(lambda: run_lib.write_json(path, record))
-        return folder
+        return pipeline.folder
 
 
 def main() -> None:

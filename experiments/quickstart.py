@@ -26,7 +26,6 @@ Hardware: two CPU cores; minutes. Expected: docs/quickstart.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import pathlib
 import time
@@ -42,18 +41,17 @@ from experiments.worlds.pipeline import (
     measure_preferences,
     measure_responses,
     only_responses,
-    save_tokenizer,
     store_anchor,
 )
 from experiments.worlds.sampled import sample_pairs
-from pref_jax import processes, report
+from experiments.worlds.single import keep_record, open_pipeline
+from pref_jax import report
 from pref_jax.data.records import parse_rename
 from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.method import Method
 from pref_jax.models.lora import LoraConfig
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding
-from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.loop import LoopConfig
 from pref_jax.train.optimizer import OptimizerConfig
 from pref_jax.train.stage import StageConfig
@@ -456,7 +454,6 @@ def run_config(config: Config) -> pathlib.Path:
         wandb=config.wandb,
         compile_cache=config.compile_cache,
     )
-    values = dataclasses.asdict(config)
     # Before the folder: a bad row or a wrong tokenizer leaves none behind.
     task = make_task(config)
     mesh = sharding.make_mesh()
@@ -468,12 +465,16 @@ def run_config(config: Config) -> pathlib.Path:
         checkpoint=config.model,
         max_positions=config.max_positions,
     )
-    with (
-        run_lib.open_run(config.root, config=values, name=config.name) as folder,
-        PreemptionGuard() as guard,
-    ):
-        _logger.info("run folder: %s", folder)
-        processes.on_first(functools.partial(save_tokenizer, task.encoder, folder))
+    with open_pipeline(
+        config,
+        mesh=mesh,
+        model=model,
+        encoder=task.encoder,
+        notes=task.notes,
+        watch=watch,
+        max_new_tokens=config.max_new_tokens,
+        lora=config.lora if config.adapters else None,
+    ) as pipeline:
         first = "" if config.data else "base, "
         last = "DPO, control, evaluation"
         _logger.info("stages: %sSFT, pairs, %s", first, last)
@@ -482,41 +483,18 @@ def run_config(config: Config) -> pathlib.Path:
         )
         if as_shipped == SMALL:
             _logger.info("this takes 5 to 10 minutes on two CPU cores")
-        for note in task.notes:
-            _logger.info("%s", note)
-        pipeline = Pipeline(
-            folder=folder,
-            guard=guard,
-            mesh=mesh,
-            model=model,
-            encoder=task.encoder,
-            seed=config.seed,
-            row_length=config.row_length,
-            long_groups=config.long_groups,
-            max_new_tokens=config.max_new_tokens,
-            lora=config.lora if config.adapters else None,
-            watch=watch,
-        )
         results = run(config, pipeline, task, params)
         seconds = time.perf_counter() - began
-        finished = make_report(config, task, pipeline, **results, seconds=seconds)
-        page = folder / "report.html"
-        record = {
-            "experiment": "quickstart",
-            "results": summarise(**results),
-            "config": values,
-            "environment": run_lib.environment(),
-            "seconds": seconds,  # of the last start
-            "starts": run_lib.count_starts(folder),
-            "report": report.to_json(finished),
-        }
-
-        def write() -> None:
-            report.write_report(finished, page)
-            run_lib.write_json(folder / run_lib.RECORD_FILE, record)
-
-        processes.on_first(write)
-        return page
+        keep_record(
+            "quickstart",
+            config,
+            pipeline,
+            results=summarise(**results),
+            seconds=seconds,
+            notes=task.notes,
+            page=make_report(config, task, pipeline, **results, seconds=seconds),
+        )
+        return pipeline.folder / "report.html"
 
 
 def main() -> None:

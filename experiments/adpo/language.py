@@ -230,8 +230,6 @@ def prepare(config: LanguageConfig, folder, guard) -> Prepared:
         model=model,
         encoder=task.encoder,
         seed=config.seed,
-        row_length=None,
-        long_groups="drop",
         max_new_tokens=config.max_new_tokens,
     )
     sft = methods.make_sft()

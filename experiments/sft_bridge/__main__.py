@@ -22,7 +22,7 @@ def _values_summary(results) -> dict:
             {"signal": name}
             | {
                 measure: bootstrap_interval(measured.of(measure, name))
-                for measure in verdicts.MEASURES
+                for measure in verdicts.REPORTED
             }
             for name in values.SIGNALS
         ],

@@ -31,6 +31,7 @@ SMALL = Config(
     values=ValuesConfig(
         base=make_stage(64, 300, 2e-3, weight_decay=0.0),
         sft=make_stage(64, 3_000, 3e-3, weight_decay=0.0),
+        dpo=make_stage(32, 100, 2e-4, weight_decay=0.0),
     ),
 )
 _TINY = DecoderSizes(width=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_width=32)
@@ -55,8 +56,9 @@ SMOKE = Config(
         num_seeds=2,
     ),
     values=ValuesConfig(
-        base=make_stage(16, 8, 2e-3, weight_decay=0.0),
-        sft=make_stage(16, 8, 1e-3, weight_decay=0.0),
+        base=make_stage(32, 80, 1e-2, weight_decay=0.0),
+        sft=make_stage(32, 80, 1e-2, weight_decay=0.0),
+        dpo=make_stage(4, 4, 1e-4, weight_decay=0.0),
         decoder=_TINY,
         num_rooms=64,
         num_demonstrations=256,

@@ -8,9 +8,9 @@ import numpy as np
 
 from experiments.sft_bridge.config import Config
 from experiments.sft_bridge.stages import DIVERGENCES, WHOLE, SlopeWatch
-from experiments.sft_bridge.values import SFT, SIGNALS
+from experiments.sft_bridge.values import CONTROLS, SIGNALS
 from experiments.sft_bridge.verdicts import (
-    MEASURES,
+    REPORTED,
     StagesMeasured,
     ValuesMeasured,
 )
@@ -299,13 +299,13 @@ def _signals(measured: ValuesMeasured) -> report.Table:
         columns=(
             report.Column("signal"),
             report.Column("role"),
-            *(report.Column(name, digits=3) for name in MEASURES.values()),
+            *(report.Column(name, digits=3) for name in REPORTED.values()),
         ),
         rows=tuple(
             (
                 name,
-                "" if name == SFT else "control",
-                *(estimate(measured.of(measure, name)) for measure in MEASURES),
+                "control" if name in CONTROLS else "",
+                *(estimate(measured.of(measure, name)) for measure in REPORTED),
             )
             for name in SIGNALS
         ),
@@ -323,12 +323,13 @@ def _runs(measured: ValuesMeasured) -> report.Table:
             ("rooms that the SFT model wins", estimate(measured.alone("won"))),
             ("rooms that pi* wins", estimate(measured.alone("won_by_best"))),
             ("states", estimate(measured.alone("states"))),
+            ("pairs of DPO", estimate(measured.alone("pairs"))),
             (
                 "responses of fewer than two moves",
                 estimate(measured.alone("too_short")),
             ),
             (
-                "partial correlation of V with V*, given entropy and moves left",
+                "partial correlation of V with V*, given entropy, sureness and moves",
                 estimate(measured.alone("beyond")),
             ),
         ),

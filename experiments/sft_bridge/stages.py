@@ -300,8 +300,6 @@ def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
         model=model,
         encoder=encoder,
         seed=seed,
-        row_length=None,
-        long_groups="drop",
         max_new_tokens=config.max_new_tokens,
     )
 

@@ -28,7 +28,6 @@ below 2e-5 are ours. Hardware: of the preset; docs/tpu.md says what was compiled
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import time
@@ -46,10 +45,10 @@ from experiments.worlds.pipeline import (
     measure_loss,
     measure_preferences,
     prompt_text,
-    save_tokenizer,
     store_anchor,
 )
 from experiments.worlds.planned import MeshSizes, Planned, Programs
+from experiments.worlds.single import keep_record, open_pipeline
 from pref_jax import model_folders, processes, report
 from pref_jax.data import sources
 from pref_jax.data.records import parse_rename
@@ -59,7 +58,6 @@ from pref_jax.method import Method
 from pref_jax.models import published
 from pref_jax.train import run as run_lib
 from pref_jax.train import sharding, storage
-from pref_jax.train.checkpoint import PreemptionGuard
 from pref_jax.train.costs import Program
 from pref_jax.train.loop import Fitted, LoopConfig
 from pref_jax.train.optimizer import OptimizerConfig
@@ -393,9 +391,9 @@ def make_report(
     pipeline: Pipeline,
     results: Mapping[str, dict],
     fitted: Mapping[str, Fitted],
-    meta: dict,
+    seconds: float,
 ) -> report.Report:
-    """The page of a run."""
+    """The page of a run that took so many seconds since its last start."""
 
     def shown(name, key):
         value = results[name].get(key)
@@ -441,7 +439,11 @@ def make_report(
             report.Text("Data", tuple([*data.notes, *pipeline.notes])),
             report.Config("Config", dataclasses.asdict(config)),
         ),
-        meta=meta,
+        meta={
+            **run_lib.environment(),
+            "duration": seconds,
+            "starts": run_lib.count_starts(pipeline.folder),
+        },
     )
 
 
@@ -454,7 +456,6 @@ def run_config(config: Config):
         wandb=config.wandb,
         compile_cache=config.compile_cache,
     )
-    values = dataclasses.asdict(config)
     data = read_data(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     model, params = make_model(
@@ -465,50 +466,29 @@ def run_config(config: Config):
         checkpoint=config.model,
         max_positions=config.max_positions,
     )
-    with (
-        run_lib.open_run(config.root, config=values, name=config.name) as folder,
-        PreemptionGuard() as guard,
-    ):
-        _logger.info("run folder: %s", folder)
-        processes.on_first(functools.partial(save_tokenizer, data.encoder, folder))
-        for note in data.notes:
-            _logger.info("%s", note)
-        pipeline = Pipeline(
-            folder=folder,
-            guard=guard,
-            mesh=mesh,
-            model=model,
-            encoder=data.encoder,
-            seed=config.seed,
-            row_length=config.row_length,
-            long_groups=config.long_groups,
-            max_new_tokens=config.max_new_tokens,
-            watch=watch,
-        )
+    with open_pipeline(
+        config,
+        mesh=mesh,
+        model=model,
+        encoder=data.encoder,
+        notes=data.notes,
+        watch=watch,
+        max_new_tokens=config.max_new_tokens,
+    ) as pipeline:
         prompts = pipeline.fit_prompts(data.prompts) if data.prompts else []
         data = dataclasses.replace(data, prompts=prompts)
         results, fitted = run(config, pipeline, data, params)
         seconds = time.perf_counter() - began
-        starts = run_lib.count_starts(folder)
-        meta = {**run_lib.environment(), "duration": seconds, "starts": starts}
-        finished = make_report(config, data, pipeline, results, fitted, meta)
-        record = {
-            "experiment": "sft_bridge_text",
-            "results": results,
-            "config": values,
-            "environment": run_lib.environment(),
-            "seconds": seconds,  # of the last start
-            "starts": starts,
-            "notes": [*data.notes, *pipeline.notes],
-            "report": report.to_json(finished),
-        }
-
-        def write() -> None:
-            report.write_report(finished, folder / "report.html")
-            run_lib.write_json(folder / run_lib.RECORD_FILE, record)
-
-        processes.on_first(write)
-        return folder / "report.html"
+        keep_record(
+            "sft_bridge_text",
+            config,
+            pipeline,
+            results=results,
+            seconds=seconds,
+            notes=data.notes,
+            page=make_report(config, data, pipeline, results, fitted, seconds),
+        )
+        return pipeline.folder / "report.html"
 
 
 # --- presets --------------------------------------------------------------------------

@@ -5,9 +5,13 @@ For every seed a small language model learns to write responses of the reference
 in rooms that no training saw. At every state of its responses the log-sum-exp of its
 logits is held against V*, which is known, and against what became of the response.
 
-Beside it stand what needs no value function at all:
+DPO goes on from there, on pairs of the SFT model's own of which one wins: that logits
+are values is known of DPO, and its V stands beside. So does what needs no value
+function at all:
 
     entropy            minus that of the next token: a sure model may be near its goal
+    sureness           log of the sum of its squared probabilities, which lies between
+                       the likeliest token's and its square
     moves left         what every room has in common
     base               V of the model before SFT
     untrained          V of a network with the same shape and other parameters
@@ -23,6 +27,7 @@ Source: arXiv:2507.00018; the design of this test is ours.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,25 +36,29 @@ import scipy.stats
 from experiments.worlds import key_door, methods
 from experiments.worlds.jobs import Job
 from experiments.worlds.models import DecoderSizes, make_model
-from experiments.worlds.pipeline import Pipeline
+from experiments.worlds.pipeline import Pipeline, store_anchor
+from experiments.worlds.sampled import sample_pairs
 from experiments.worlds.token_numbers import Numbers, read_model
 from pref_jax.data import records, templates
 from pref_jax.train import sharding
 from pref_jax.train.stage import StageConfig
 from pref_jax.types import TokenGroup
 
-SFT = "V of the SFT model"
-SIGNALS = (
-    SFT,
+SFT, DPO = "V of the SFT model", "V of the DPO model"
+CONTROLS = (
     "minus entropy of the SFT model",
+    "sureness of the SFT model",
     "moves left",
     "V of the base model",
     "V of an untrained model",
     "V of the SFT model, shifted",
 )
-"""What is held against V*; all but the first are controls."""
+"""What would tell the same without a value."""
 
-_SAMPLING_USE, _MEASURING_SEED = 1, 99
+SIGNALS = (SFT, DPO, *CONTROLS)
+"""What is held against V*."""
+
+_SAMPLING_USE, _PAIRS_USE, _MEASURING_SEED = 1, 2, 99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,7 @@ class ValuesConfig:
 
     base: StageConfig  # on responses of the reference policy
     sft: StageConfig  # on demonstrations
+    dpo: StageConfig  # on pairs of the SFT model's own
     world: key_door.World = key_door.World()
     decoder: DecoderSizes = DecoderSizes(
         width=64, num_layers=3, num_heads=4, num_kv_heads=4, mlp_width=192
@@ -65,7 +75,7 @@ class ValuesConfig:
     num_rooms: int = 1_500  # that are trained on
     num_demonstrations: int = 20_000  # and as many responses of the reference policy
     num_test_rooms: int = 300
-    num_samples: int = 4  # responses to each
+    num_samples: int = 4  # responses to each, and to each room of the pairs
     num_seeds: int = 5
 
     def __post_init__(self):
@@ -158,9 +168,36 @@ def correlations(signals: dict[str, np.ndarray], truth) -> dict[str, float]:
     """
     return {
         name: float(scipy.stats.spearmanr(values, truth).statistic)
-        if len(np.unique(values)) > 1
+        if len(np.unique(values)) > 1 and len(np.unique(truth)) > 1
         else 0.0
         for name, values in signals.items()
+    }
+
+
+def at_each_move(signals: dict[str, np.ndarray], truth, moved) -> dict[str, float]:
+    """`correlations` among states after the same number of moves, averaged over them.
+
+    Numbers of moves that fewer than 20 states have made are left out; each of the
+    others counts by its states.
+
+    Args:
+      signals: name -> f64[states].
+      truth: f64[states].
+      moved: i[states], moves that were made.
+    """
+    numbers, counts = np.unique(moved, return_counts=True)
+    many = counts >= 20
+    if not many.any():
+        return dict.fromkeys(signals, 0.0)
+    found = [
+        correlations(
+            {name: x[moved == n] for name, x in signals.items()}, truth[moved == n]
+        )
+        for n in numbers[many]
+    ]
+    return {
+        name: float(np.average([part[name] for part in found], weights=counts[many]))
+        for name in signals
     }
 
 
@@ -215,14 +252,15 @@ def measure(
     Args:
       config: sizes.
       played: responses.
-      read: "SFT", "base" and "untrained" -> for each response the numbers of it, and of
-        its changed copy.
+      read: "SFT", "DPO", "base" and "untrained" -> for each response the numbers of it,
+        and of its changed copy.
       seed: of the shifts.
 
     Returns:
-      `correlation`, `auc` and `drop`, each f64[signals]: the last is how often the
-      signal is higher after the move of the response than after the worst one, at the
-      same place; and `beyond`, the partial correlation of V of the SFT model.
+      `correlation`, `at_move`, `auc` and `drop`, each f64[signals]: the second is the
+      first among states after as many moves, the last how often the signal is higher
+      after the move of the response than after the worst one, at the same place; and
+      `beyond`, the partial correlation of V of the SFT model.
     """
     world = config.world
     rng = np.random.default_rng([seed, 9])
@@ -232,7 +270,9 @@ def measure(
         sft = [numbers[copy] for numbers in read["SFT"]]
         found = {
             SFT: [x["value"] for x in sft],
+            DPO: [x[copy]["value"] for x in read["DPO"]],
             "minus entropy of the SFT model": [-x["entropy"] for x in sft],
+            "sureness of the SFT model": [x["log_sum_sq"] for x in sft],
             "moves left": [
                 world.max_moves - np.arange(len(x["value"]), dtype=float) for x in sft
             ],
@@ -249,7 +289,9 @@ def measure(
     joined = {name: np.concatenate(own[name]) for name in SIGNALS}
     truth = np.concatenate([true_values(world, p) for p in played])
     won = np.concatenate([np.full(len(p.states), p.won) for p in played])
+    moved = np.concatenate([[state.moved for state in p.states] for p in played])
     found = correlations(joined, truth)
+    same = at_each_move(joined, truth, moved)
     aucs = success_auc(joined, won)
     drops = {}
     for name in SIGNALS:
@@ -259,9 +301,17 @@ def measure(
         ]
         ours, theirs = np.array(after).T
         drops[name] = float(np.mean((ours > theirs) + 0.5 * (ours == theirs)))
-    controls = [joined["minus entropy of the SFT model"], joined["moves left"]]
+    controls = [
+        joined[name]
+        for name in (
+            "minus entropy of the SFT model",
+            "sureness of the SFT model",
+            "moves left",
+        )
+    ]
     return {
         "correlation": np.array([found[name] for name in SIGNALS]),
+        "at_move": np.array([same[name] for name in SIGNALS]),
         "auc": np.array([aucs[name] for name in SIGNALS]),
         "drop": np.array([drops[name] for name in SIGNALS]),
         "beyond": beyond(joined[SFT], truth, controls),
@@ -285,7 +335,7 @@ def _groups(encoder, played: Sequence[Played], world) -> list[TokenGroup]:
 
 
 def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
-    """Train the base and the SFT model of a seed, let it play, and measure."""
+    """Train the models of a seed, let that of SFT play, and measure."""
     world, mesh = config.world, sharding.make_mesh()
     tokenizer = key_door.train_tokenizer(world)
     encoder = templates.TextEncoder(tokenizer)
@@ -307,8 +357,6 @@ def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
         model=model,
         encoder=encoder,
         seed=seed,
-        row_length=None,
-        long_groups="drop",
         max_new_tokens=world.max_moves + 1,
     )
     params, trained = start, {}
@@ -327,6 +375,8 @@ def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
             unit="responses",
         )
         trained[name] = params
+    params, num_pairs = _align(config, pipeline, params, rooms)
+    trained["DPO"] = params
     tests = key_door.rooms(world, "test", config.num_test_rooms, seed)
     prompts = [key_door.prompt_of(world, room) for room in tests]
     samples = pipeline.sample(
@@ -371,17 +421,55 @@ def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
     return measure(config, played, read, seed) | {
         "won_by_best": float(np.mean(wins)),
         "too_short": len(found) - len(played),
+        "pairs": num_pairs,
     }
 
 
+def _align(config: ValuesConfig, pipeline: Pipeline, params, rooms):
+    """DPO from the SFT model, on pairs of its own, and how many they are.
+
+    Of two responses to a room the one that wins is chosen; both or none is no pair. A
+    twentieth of the pairs validates.
+    """
+
+    def grade(prompt, response):
+        room = key_door.room_of(config.world, prompt)
+        moves = itertools.takewhile(key_door.MOVES.__contains__, response.split())
+        numbers = [key_door.MOVES.index(move) for move in moves]
+        return {"reward": float(key_door.states_along(config.world, room, numbers)[1])}
+
+    pairs = sample_pairs(
+        pipeline,
+        params,
+        [key_door.prompt_of(config.world, room) for room in rooms],
+        grade,
+        num_samples=config.num_samples,
+        use=_PAIRS_USE,
+        path=pipeline.folder / "pairs.jsonl",
+    )
+    groups = store_anchor(pipeline, "pairs", params, pairs, config.dpo)
+    heldout = max(1, len(groups) // 20)
+    params, _ = pipeline.train(
+        "DPO",
+        methods.make_dpo(config.world.beta),
+        params,
+        groups[:-heldout],
+        groups[-heldout:],
+        config.dpo,
+        unit="pairs",
+    )
+    return params, len(pairs)
+
+
 def jobs(config: ValuesConfig, folder, guard) -> list[Job]:
-    """A job for each seed: two trainings, and what is read of them."""
-    steps = config.base.loop.num_steps + config.sft.loop.num_steps
+    """A job for each seed: three trainings, and what is read of them."""
+    stages = (config.base, config.sft, config.dpo)
+    steps = sum(stage.loop.num_steps for stage in stages)
     return [
         Job(
             f"values/seed{seed}",
-            2,
-            20 + 0.05 * steps,
+            len(stages),
+            40 + 0.05 * steps,
             lambda results, seed=seed: run(config, folder, guard, seed),
         )
         for seed in range(config.num_seeds)

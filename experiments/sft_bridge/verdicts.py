@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.sft_bridge import stages
 from experiments.sft_bridge.stages import DIVERGENCES, EARLY, WHOLE, Arm, StagesConfig
-from experiments.sft_bridge.values import SFT, SIGNALS
+from experiments.sft_bridge.values import CONTROLS, SFT, SIGNALS
 from experiments.worlds.claims import FAILS, HOLDS, Verdict
 from pref_jax.evals.preference import bootstrap_interval
 
@@ -145,7 +145,10 @@ MEASURES = {
     "auc": "AUC for a later win",
     "drop": "share of wrong moves that it falls at",
 }
-"""What signals are compared by."""
+"""What V is judged by."""
+
+REPORTED = {**MEASURES, "at_move": "the same among states after as many moves"}
+"""What signals are compared by; the last was added after the first results."""
 
 
 class ValuesMeasured:
@@ -171,8 +174,7 @@ class ValuesMeasured:
 
 def strongest(measured: ValuesMeasured, measure: str) -> str:
     """The control of the highest mean."""
-    controls = [name for name in SIGNALS if name != SFT]
-    return max(controls, key=lambda name: measured.of(measure, name).mean())
+    return max(CONTROLS, key=lambda name: measured.of(measure, name).mean())
 
 
 def _over_controls(measured: ValuesMeasured, measure: str) -> Verdict:
@@ -193,7 +195,8 @@ def _beyond(measured: ValuesMeasured) -> Verdict:
         claim="V of the SFT model tells more of V* than entropy and time do.",
         needed="a partial correlation whose interval is above zero",
         effect=effect,
-        unit="Spearman's partial correlation with V*, given entropy and moves left",
+        unit="Spearman's partial correlation with V*, given entropy, sureness and "
+        "moves left",
         verdict=HOLDS if effect.low > 0 else FAILS,
     )
 

@@ -69,9 +69,9 @@ class Pipeline:
       model: the functions.
       encoder: text <-> ids.
       seed: of data order and sampling.
+      max_new_tokens: of a sampled response.
       row_length: L, positions; None: the longest group, at least 128.
       long_groups: policy for groups that are longer than a row.
-      max_new_tokens: of a sampled response.
       lora: adapters that stages train on what they start from; None: everything is
         trained.
       watch: what is looked at while stages train.
@@ -84,9 +84,9 @@ class Pipeline:
     model: Model
     encoder: TextEncoder
     seed: int
-    row_length: int | None
-    long_groups: str
     max_new_tokens: int
+    row_length: int | None = None
+    long_groups: str = "drop"
     lora: LoraConfig | None = None
     watch: Watch = Watch()
     notes: list[str] = dataclasses.field(default_factory=list)

@@ -19,13 +19,20 @@ Numbers = dict[str, np.ndarray]
 
 def _scored(model, params, batch, *, beta):
     values = response_values(model, params, batch, beta=beta)
-    scores = response_scores(model, params, batch, want=("logp", "entropy"))
+    want = ("logp", "entropy", "log_sum_sq")
+    scores = response_scores(model, params, batch, want=want)
     return {
         "q": values.q,
         "value": values.value,
         "logp": scores.logp,
         "entropy": scores.entropy,
+        "log_sum_sq": scores.log_sum_sq,
     }
+
+
+@functools.cache
+def _compiled(model, beta):
+    return jax.jit(functools.partial(_scored, model, beta=beta))
 
 
 def read_model(
@@ -43,7 +50,8 @@ def read_model(
       mesh: of `sharding.make_mesh`.
 
     Returns:
-      For each group and response `Numbers` of `q`, `value`, `logp` and `entropy`.
+      For each group and response `Numbers` of `q`, `value`, `logp`, `entropy` and
+      `log_sum_sq`, that of the next token's squared probabilities.
     """
     batches = sources.evaluation_batches(
         groups,
@@ -51,7 +59,7 @@ def read_model(
         row_length=max(128, sources.longest_group(groups)),
         rows_multiple=sharding.num_row_shards(mesh),
     )
-    score = jax.jit(functools.partial(_scored, model, beta=beta))
+    score = _compiled(model, beta)
     found: list[list[Numbers]] = []
     with jax.set_mesh(mesh), Progress(name, len(batches)) as progress:
         for number, batch in enumerate(batches):

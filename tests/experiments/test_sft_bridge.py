@@ -19,6 +19,7 @@ from experiments.worlds.key_door import MOVES, Room, World
 
 WORLD = World()
 ROOM = Room(0, 5, 15)
+MODELS = ("SFT", "DPO", "base", "untrained")
 IDS = [5, 6, 7, 8]  # of the four moves
 RNG = np.random.default_rng(0)
 
@@ -90,6 +91,24 @@ def test_signals_are_ranked_against_the_truth_and_the_end():
     assert set(values.success_auc(signals, truth < 9).values()) == {0.5}
 
 
+def test_at_each_move_time_tells_nothing_and_rare_times_are_left_out():
+    rng = np.random.default_rng(0)
+    moved = np.repeat(np.arange(4), (200, 100, 50, 10))
+    left = rng.normal(size=len(moved))
+    truth = left - 3.0 * moved
+    signals = {"time": -moved, "left": left, "against": -left}
+    assert values.correlations(signals, truth)["time"] > 0.8
+    found = values.at_each_move(signals, truth, moved)
+    assert found == {
+        "time": 0.0,
+        "left": pytest.approx(1.0),
+        "against": pytest.approx(-1.0),
+    }
+    turned = np.where(moved == 3, -truth, truth)  # of 10 states alone
+    assert values.at_each_move(signals, turned, moved)["left"] == pytest.approx(1.0)
+    assert values.at_each_move(signals, truth, np.arange(360))["left"] == 0.0
+
+
 def test_a_model_that_knows_v_is_told_from_one_that_does_not():
     rng = np.random.default_rng(1)
     rooms = key_door.rooms(WORLD, "test", 60, seed=0)
@@ -119,7 +138,8 @@ def test_a_model_that_knows_v_is_told_from_one_that_does_not():
                 break
         found += [0.0] * (len(moves) - len(found))
         noise = rng.normal(size=len(moves))
-        return {"value": np.array(found) if knows else noise, "entropy": noise}
+        value = np.array(found) if knows else noise
+        return {"value": value, "entropy": noise, "log_sum_sq": -noise}
 
     def read(knows):
         return [[numbers(p, ids, knows) for ids in (p.ids, p.changed)] for p in played]
@@ -127,12 +147,16 @@ def test_a_model_that_knows_v_is_told_from_one_that_does_not():
     found = values.measure(
         SMALL.values,
         played,
-        {"SFT": read(True), "base": read(False), "untrained": read(False)},
+        {name: read(name in ("SFT", "DPO")) for name in MODELS},
         seed=0,
     )
     place = {name: i for i, name in enumerate(SIGNALS)}
     assert found["correlation"][place[SFT]] == pytest.approx(1.0)
     assert found["beyond"] > 0.99
+    assert found["at_move"][place[SFT]] == pytest.approx(1.0)
+    assert found["at_move"][place["moves left"]] == 0
+    assert abs(found["at_move"][place["V of the base model"]]) < 0.2
+    assert found["correlation"][place[values.DPO]] == pytest.approx(1.0)
     assert abs(found["correlation"][place["V of the base model"]]) < 0.15
     shifted = found["correlation"][place["V of the SFT model, shifted"]]
     assert 0.4 < shifted < 0.9
@@ -149,7 +173,7 @@ def results(sft=0.9, control=0.5, beyond=0.4):
     for seed in range(5):
         line = [sft + 0.01 * seed] + [control] * (len(SIGNALS) - 1)
         rows[f"values/seed{seed}"] = {
-            **{measure: line for measure in verdicts.MEASURES},
+            **{measure: line for measure in verdicts.REPORTED},
             "beyond": beyond + 0.01 * seed,
         }
     return rows
@@ -182,7 +206,7 @@ def test_no_correlation_beyond_the_controls_is_a_failure():
 def test_jobs_are_counted_before_they_run():
     jobs = values.jobs(SMALL.values, epath.Path("nowhere"), None)
     assert [(job.name, job.num_runs) for job in jobs] == [
-        (f"values/seed{seed}", 2) for seed in range(5)
+        (f"values/seed{seed}", 3) for seed in range(5)
     ]
     with pytest.raises(ValueError, match="`num_seeds` must be 1 or more; got 0"):
         dataclasses.replace(SMOKE.values, num_seeds=0)
