@@ -107,14 +107,11 @@ class Config:
             raise ValueError("`adaptive` belongs to ADPO; give --temperature too.")
         if self.adaptive_tau != methods.AdaptiveTau() and not self.adaptive:
             raise ValueError("`adaptive_tau` belongs to `adaptive`; give --adaptive.")
-        if self.divergence is not None:
-            methods.find_divergence(self.divergence)
-            if self.beta is not None:
-                raise ValueError(
-                    "`divergence` is of SFT and `beta` of DPO; give one of them."
-                )
-        elif self.fsft != methods.FsftConfig():
-            raise ValueError("`fsft` belongs to `divergence`; give --divergence too.")
+        methods.check_divergence(self.divergence, self.fsft, self.stage)
+        if self.divergence is not None and self.beta is not None:
+            raise ValueError(
+                "`divergence` is of SFT and `beta` of DPO; give one of them."
+            )
         if self.shape not in published.SHAPES:
             raise ValueError(
                 f"`shape` must be one of {', '.join(published.SHAPES)}; got "

@@ -36,7 +36,7 @@ def _values_summary(results) -> dict:
 def _stages_summary(measured: StagesMeasured) -> dict:
     return {
         "rate": measured.rate,
-        "reduced": measured.reduced.name,
+        "headline": page.headline(measured),
         "arms": [
             {
                 "arm": name,

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments.sft_bridge.config import Config
-from experiments.sft_bridge.stages import DIVERGENCES, WHOLE, SlopeWatch
+from experiments.sft_bridge.stages import (
+    DIVERGENCES,
+    REDUCED,
+    WHOLE,
+    SlopeWatch,
+    settings_of,
+)
 from experiments.sft_bridge.values import CONTROLS, SIGNALS
 from experiments.sft_bridge.verdicts import (
     REPORTED,
@@ -17,6 +23,7 @@ from experiments.sft_bridge.verdicts import (
 from experiments.worlds.claims import Verdict, verdict_cards, verdict_table
 from experiments.worlds.sections import estimate, series
 from pref_jax import report
+from pref_jax.evals.preference import bootstrap_interval
 
 STAGE_MEASURES = {
     "reward": "true reward",
@@ -33,44 +40,62 @@ STAGE_MEASURES = {
 # --- what SFT leaves for DPO ----------------------------------------------------------
 
 
+def headline(measured: StagesMeasured) -> list[dict]:
+    """What the paper's abstract says, and the same figure here.
+
+    Returns:
+      For each: `what`, `paper`, `relative` (the gain in reward as a share of the mean
+      of the whole rate) and `points` (of win rate), both after DPO and with intervals.
+    """
+    whole = WHOLE.name
+    mean = measured.of(whole, "dpo").mean()
+
+    def row(what, paper, name):
+        return {
+            "what": what,
+            "paper": paper,
+            "relative": bootstrap_interval(measured.gains(name, whole) / mean),
+            "points": bootstrap_interval(measured.gains(name, whole, "wins")),
+        }
+
+    return [
+        row(
+            "a smaller learning rate of SFT",
+            "up to 25 % relative, up to 6 points of win rate",
+            REDUCED,
+        ),
+        *(
+            row(
+                f"SFT by {name}",
+                "better; a review calls it weaker than the learning rate",
+                name,
+            )
+            for name in DIVERGENCES
+        ),
+        row("both losses at once", "worse, as a review tells", "joint"),
+    ]
+
+
 def _headline(measured: StagesMeasured) -> report.Table:
-    """What the paper's abstract says, and the same figure here."""
-
-    def gains(ours, theirs):
-        first, second = (measured.of(name, "dpo") for name in (ours, theirs))
-        points = [measured.of(name, "dpo", "wins") for name in (ours, theirs)]
-        return estimate((first - second) / second), estimate(points[0] - points[1])
-
-    whole, reduced = WHOLE.name, measured.reduced.name
-    best = measured.best_divergence().name
     return report.Table(
         "The paper's figures beside ours",
         columns=(
-            report.Column("what, after DPO"),
+            report.Column("what, less plain SFT at the whole rate"),
             report.Column("paper"),
             report.Column("reward here, relative", digits=1, percent=True),
             report.Column("win rate here, difference", digits=1, percent=True),
         ),
-        rows=(
+        rows=tuple(
             (
-                f"a smaller learning rate of SFT; here {reduced}",
-                "up to 25 % relative, up to 6 points of win rate",
-                *gains(reduced, whole),
-            ),
-            (
-                f"SFT by an f-divergence; here {best}",
-                "better; a review calls it weaker than the learning rate",
-                *gains(best, whole),
-            ),
-            (
-                "both losses at once, less one after the other",
-                "worse, as a review tells",
-                *gains(measured.joint, whole),
-            ),
+                row["what"],
+                row["paper"],
+                *(report.Estimate(*row[key]) for key in ("relative", "points")),
+            )
+            for row in headline(measured)
         ),
-        note="Win rates are over one answer of the expert to each prompt. The paper's "
-        "are of its abstract and of a review; its models, judges and settings are not "
-        "verified, and its tables are not reproduced.",
+        note="After DPO. Win rates are over one answer of the expert to each prompt. "
+        "The paper's are of its abstract and of a review; its models, judges and "
+        "settings are not verified, and its tables are not reproduced.",
     )
 
 
@@ -131,13 +156,23 @@ def _behaviour(measured: StagesMeasured) -> report.Table:
 
 def _choices(measured: StagesMeasured) -> report.Table:
     rows = []
-    for name in measured.arms:
+    for name, arm in measured.arms.items():
         setting = measured.setting(name)
+        tried = settings_of(arm, measured.config, measured.results)
         rewards = np.array(measured.tuning(name)["rewards"], float)
+        ends = [
+            label
+            for label, value, grid in (
+                ("its own", setting.knob, [s.knob for s in tried]),
+                ("beta", setting.dpo_beta, [s.dpo_beta for s in tried]),
+                ("rate", setting.dpo_rate, [s.dpo_rate for s in tried]),
+            )
+            if len(set(grid)) > 1 and value in (min(grid), max(grid))
+        ]
         rows.append(
             (
                 *(name, setting.knob, setting.dpo_beta, f"{setting.dpo_rate:g}"),
-                *(len(rewards), rewards.min(), rewards.max()),
+                *(len(rewards), rewards.min(), rewards.max(), ", ".join(ends)),
             )
         )
     return report.Table(
@@ -150,6 +185,7 @@ def _choices(measured: StagesMeasured) -> report.Table:
             report.Column("settings tried", digits=0),
             report.Column("lowest reward of them", digits=3),
             report.Column("highest", digits=3),
+            report.Column("at an end of its grid"),
         ),
         rows=tuple(rows),
         note=f"By the reward on validation prompts of one seed that is not reported. "
@@ -254,7 +290,7 @@ def _slopes(measured: StagesMeasured) -> report.Curves:
 
 
 def _own_pairs(measured: StagesMeasured) -> report.Table:
-    names = (WHOLE.name, measured.reduced.name)
+    names = (WHOLE.name, REDUCED)
     return report.Table(
         "With pairs of each SFT model's own",
         columns=(
@@ -273,7 +309,8 @@ def _own_pairs(measured: StagesMeasured) -> report.Table:
             for name in names
         ),
         note="The SFT model answers the prompts of the fixed pairs twice; the same "
-        "judge compares. Pairs of equal rewards are left out.",
+        "judge compares. Pairs of equal rewards are left out; the updates are as many "
+        "as on the fixed pairs.",
     )
 
 

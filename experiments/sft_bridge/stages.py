@@ -8,20 +8,22 @@ demonstrations and pairs in the same order. What it is worth is the true reward 
 answers, at temperature 1, to prompts that no stage has seen.
 
     rates           plain SFT at 1, 1/2, 1/4, 1/10 and 1/20 of the rate whose
-                    validation loss is the lowest
-    early stop      at the whole rate, stopped at the validation loss of the best of the
-                    reduced rates: the same fit, another way there
+                    validation loss is the lowest: a curve
+    reduced rate    plain SFT that chooses among these fractions of the rate
+    early stop      at the whole rate, stopped at the validation loss of the reduced
+                    rate: the same fit, another way there
     KL, decay       at the whole rate, held at the base by beta KL(pi || pi_0) on the
                     demonstrations, or by weight decay to its parameters
     no SFT          DPO from the base
     f-divergences   `fsft_loss` at the whole rate
-    joint           SFT + lambda DPO on both data sets at once, as many updates and
-                    examples as both stages together
+    joint           SFT + lambda DPO / beta on both data sets at once, with the updates
+                    of both stages together and at least their examples
 
-Each arm chooses among nine settings by validation prompts of one seed that is not
-reported: of an arm with a number of its own (a beta, a weight, a lambda) three of it by
-three learning rates of DPO, at the beta of DPO that the whole rate has chosen; of the
-others three betas by three rates. The joint arm's rates are of its one stage.
+Each arm chooses among twelve settings by validation prompts of one seed that is not
+reported: of an arm with a number of its own (a fraction, a beta, a weight, a lambda)
+four of it by three learning rates of DPO, at the beta of DPO that the whole rate has
+chosen; of the others four betas by three rates. The joint arm's rates are a half, one
+and two times the whole rate of SFT, since it has one stage.
 
 Source: arXiv:2507.00018; the design of this test is ours, the paper's is not verified.
 """
@@ -35,6 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from experiments.worlds import instructions, methods
 from experiments.worlds.jobs import Job
@@ -50,14 +53,11 @@ from experiments.worlds.pipeline import (
 from experiments.worlds.sampled import prefers, sample_pairs
 from experiments.worlds.short_runs import ShortRuns, adamw, method_loss, towards
 from experiments.worlds.tasks import world_task
+from pref_jax import processes
+from pref_jax.axes import whole
 from pref_jax.data import records, sources
 from pref_jax.evals.preference import wins
 from pref_jax.logps import token_kl
-from pref_jax.losses.supervised import (
-    CHI_SQUARED,
-    JENSEN_SHANNON,
-    SQUARED_HELLINGER,
-)
 from pref_jax.method import objective
 from pref_jax.train import sharding
 from pref_jax.train.optimizer import OptimizerConfig, make_schedule
@@ -65,12 +65,10 @@ from pref_jax.train.stage import StageConfig
 from pref_jax.train.step import evaluate
 from pref_jax.types import PyTree, TokenGroup
 
-PLAIN, KL, DECAY, NO_SFT, JOINT = "plain", "KL", "decay", "no SFT", "joint"
-DIVERGENCES = {
-    "chi-squared": CHI_SQUARED,
-    "Hellinger": SQUARED_HELLINGER,
-    "Jensen-Shannon": JENSEN_SHANNON,
-}
+_TUNING_SEED = 10_000
+PLAIN, RATE, KL, DECAY = "plain", "rate", "KL", "decay"
+NO_SFT, JOINT = "no SFT", "joint"
+DIVERGENCES = ("chi-squared", "hellinger", "jensen-shannon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +97,13 @@ class StagesConfig:
     warmup: float = 0.1  # share of a stage
     sft_rates: tuple[float, ...] = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
     fractions: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)  # of the best of them
-    dpo_betas: tuple[float, float, float] = (0.03, 0.1, 0.3)
-    dpo_rates: tuple[float, float, float] = (1e-4, 2e-4, 4e-4)
-    kl_weights: tuple[float, float, float] = (0.1, 0.3, 1.0)
-    decay_weights: tuple[float, float, float] = (10.0, 30.0, 100.0)  # times the rate
-    divergence_betas: tuple[float, float, float] = (0.1, 0.3, 1.0)
-    joint_weights: tuple[float, float, float] = (0.1, 0.3, 1.0)  # lambda
+    dpo_betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    dpo_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    kl_weights: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    decay_weights: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)  # times the rate
+    divergence_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    joint_weights: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)  # lambda
+    joint_rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # of the best of `sft_rates`
     stop_every: int = 2  # updates between two looks at the loss to stop at
     num_heldout: int = 320  # demonstrations and pairs
     num_eval_prompts: int = 300
@@ -119,8 +118,32 @@ class StagesConfig:
         return self.sft_steps + self.dpo_steps
 
     def __post_init__(self):
-        if self.num_seeds < 1:
-            raise ValueError(f"`num_seeds` must be 1 or more; got {self.num_seeds}.")
+        if not 1 <= self.num_seeds < _TUNING_SEED:
+            raise ValueError(
+                f"`num_seeds` must lie in [1, {_TUNING_SEED}); got {self.num_seeds}."
+            )
+        rates = ("wrong_rate", "sloppy_rate", "wordy_rate")
+        same = {name: getattr(self.world, name) for name in rates}
+        if dataclasses.replace(self.expert, **same) != self.world:
+            raise ValueError(
+                f"`world` and `expert` may differ in {', '.join(rates)} alone: they "
+                f"need the same splits and the same reward."
+            )
+        budgets = {
+            "dpo_betas": self.dpo_betas,
+            "fractions": self.fractions,
+            "kl_weights": self.kl_weights,
+            "decay_weights": self.decay_weights,
+            "divergence_betas": self.divergence_betas,
+            "joint_weights": self.joint_weights,
+        }
+        if len(set(map(len, budgets.values()))) > 1 or len(self.joint_rates) != len(
+            self.dpo_rates
+        ):
+            raise ValueError(
+                f"every arm needs the same number of settings: {', '.join(budgets)} "
+                f"are to have one length, and `dpo_rates` and `joint_rates` one."
+            )
         if not 0 < self.crowd_share < 1:
             raise ValueError(
                 f"`crowd_share` must lie in (0, 1); got {self.crowd_share}."
@@ -141,10 +164,10 @@ class Arm:
 
     Attributes:
       name: in tables.
-      kind: `PLAIN`, `KL`, `DECAY`, `NO_SFT`, `JOINT` or a name of `DIVERGENCES`.
-      fraction: of the whole learning rate.
+      kind: `PLAIN`, `RATE`, `KL`, `DECAY`, `NO_SFT`, `JOINT` or one of `DIVERGENCES`.
+      fraction: of the whole learning rate; of `RATE` it is the knob.
       knobs: values of its own number; None alone: it has none.
-      stops: whether SFT ends at the validation loss of the best reduced rate.
+      stops: whether SFT ends at the validation loss of the reduced rate.
     """
 
     name: str
@@ -164,19 +187,16 @@ class Setting:
 
 
 WHOLE = Arm("whole rate")
+REDUCED = "reduced rate"
 EARLY = Arm("early stop", stops=True)
-
-
-def reduced_arms(config: StagesConfig) -> list[Arm]:
-    """Plain SFT at each reduced rate."""
-    return [Arm(f"{x:g} of the rate", fraction=x) for x in config.fractions]
 
 
 def make_arms(config: StagesConfig) -> list[Arm]:
     """All arms; those that others need come first."""
     return [
         WHOLE,
-        *reduced_arms(config),
+        *(Arm(f"{x:g} of the rate", fraction=x) for x in config.fractions),
+        Arm(REDUCED, RATE, knobs=config.fractions),
         EARLY,
         Arm("explicit KL", KL, knobs=config.kl_weights),
         Arm("decay to the base", DECAY, knobs=config.decay_weights),
@@ -189,27 +209,30 @@ def make_arms(config: StagesConfig) -> list[Arm]:
 def settings_of(
     arm: Arm, config: StagesConfig, results: Mapping[str, dict]
 ) -> list[Setting]:
-    """The nine settings that an arm chooses among; those of one knob together.
+    """The settings that an arm chooses among; those of one knob together.
 
     Args:
       arm: what is trained.
       config: the values.
-      results: of the whole rate's choice, if the arm has a number of its own.
+      results: of the rates and of the whole rate's choice, if the arm has a number of
+        its own.
     """
-    betas = config.dpo_betas
+    betas, rates = config.dpo_betas, config.dpo_rates
     if arm.knobs != (None,):
         betas = (chosen_setting(results, WHOLE, config).dpo_beta,)
+    if arm.kind == JOINT:
+        best = best_rate(results, config)
+        rates = tuple(fraction * best for fraction in config.joint_rates)
     return [
         Setting(knob, beta, rate)
         for knob in arm.knobs
         for beta in betas
-        for rate in config.dpo_rates
+        for rate in rates
     ]
 
 
 # --- data -----------------------------------------------------------------------------
 
-_TUNING_SEED = 10_000
 _TEST_USE, _VALIDATION_USE, _PAIRS_USE = 1, 2, 3  # draws of samples
 
 
@@ -320,16 +343,14 @@ def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
             config.expert, shown + config.num_heldout, seed=seed + 1
         )
     )
-    prompts = task.pair_prompts[0]
-    judged = encode(
-        judged_pairs(
-            world,
-            prompts,
-            config.num_pairs + config.num_heldout,
-            config.label_temperature,
-            seed,
-        )
+    rows = judged_pairs(
+        world,
+        task.pair_prompts[0],
+        config.num_pairs + config.num_heldout,
+        config.label_temperature,
+        seed,
     )
+    judged = encode(rows)
 
     def with_base(name, groups):
         return store_anchor(pipeline, name, base, groups, config.base)
@@ -344,7 +365,7 @@ def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
         heldout_demonstrations=with_base("held_out", written[shown:]),
         pairs=judged[: config.num_pairs],
         heldout_pairs=with_base("held_out_pairs", judged[config.num_pairs :]),
-        pair_prompts=prompts[: config.num_pairs],
+        pair_prompts=[row["prompt"] for row in rows[: config.num_pairs]],
         validation=task.pair_prompts[1][: config.num_tuning_prompts],
         test=task.eval_prompts,
         expert_rewards=np.array([task.grade(*pair)["reward"] for pair in graded]),
@@ -386,7 +407,7 @@ def _runs(config: StagesConfig, model, mesh, kind: str) -> ShortRuns:
 
     def by_divergence(params, anchor, batch, setting):
         del anchor
-        method = methods.make_fsft(DIVERGENCES[kind], setting["knob"])
+        method = methods.make_fsft(methods.DIVERGENCES[kind], setting["knob"])
         return method_loss(method, model, params, (), batch)
 
     def dpo(params, anchor, batch, setting):
@@ -396,7 +417,8 @@ def _runs(config: StagesConfig, model, mesh, kind: str) -> ShortRuns:
 
     def joint(params, anchor, batch, setting):
         shown, pairs = batch
-        return plain(params, anchor, shown, setting) + setting["knob"] * dpo(
+        weight = setting["knob"] / setting["beta"]
+        return plain(params, anchor, shown, setting) + weight * dpo(
             params, anchor, pairs, setting
         )
 
@@ -444,7 +466,8 @@ class Trainer:
         """Mean of -log p over tokens of the held-out demonstrations, nats."""
         pipeline = self._prepared.pipeline
         step = eval_step(_LIKELIHOOD, pipeline.model, pipeline.mesh)
-        return evaluate(step, params, (), self._heldout)["loss"]
+        with jax.set_mesh(pipeline.mesh):
+            return evaluate(step, params, (), self._heldout)["loss"]
 
     def sft(
         self,
@@ -474,7 +497,8 @@ class Trainer:
             due = stop_at is not None and number % self._config.stop_every == 0
             return due and self.validation_loss(params) <= stop_at
 
-        params = self._runs(arm.kind).train(
+        kind = PLAIN if arm.kind == RATE else arm.kind
+        params = self._runs(kind).train(
             self._prepared.base,
             self._demonstrations,
             {"rate": rate, "knob": knob},
@@ -493,7 +517,7 @@ class Trainer:
         return self._runs("dpo").train(params, batches, numbers)
 
     def joint(self, groups, setting: Setting) -> PyTree:
-        """Parameters after both losses at once, on the examples of both stages."""
+        """Parameters after both losses at once, on at least the examples of both."""
         config = self._config
         num_steps = config.joint_steps
         sides = [
@@ -501,7 +525,7 @@ class Trainer:
                 self._prepared,
                 part,
                 num_steps,
-                max(1, config.groups_per_step * steps // num_steps),
+                -(-config.groups_per_step * steps // num_steps),
             )
             for part, steps in (
                 (self._prepared.demonstrations, config.sft_steps),
@@ -581,8 +605,8 @@ def _slopes(model, name: str):
     """(params, batch, beta) -> h'(v) of every token, and which count."""
 
     def slopes(params, batch, beta):
-        method = methods.make_fsft(DIVERGENCES[name], beta)
-        return objective(method, model, params, (), batch)[2]["sft/weight"]
+        method = methods.make_fsft(methods.DIVERGENCES[name], beta)
+        return whole(objective(method, model, params, (), batch)[2]["sft/weight"])
 
     return jax.jit(slopes)
 
@@ -633,7 +657,8 @@ def seeds_of(config: StagesConfig) -> range:
 
 def best_rate(results: Mapping[str, dict], config: StagesConfig) -> float:
     """The learning rate whose SFT has the lowest validation loss."""
-    return config.sft_rates[int(np.argmin(results["stages/rates"]["losses"]))]
+    losses = np.array(results["stages/rates"]["losses"], float)
+    return config.sft_rates[int(np.nanargmin(losses))]
 
 
 def tuned(results: Mapping[str, dict], arm: Arm) -> float:
@@ -647,16 +672,12 @@ def chosen_setting(results, arm: Arm, config: StagesConfig) -> Setting:
     return settings_of(arm, config, results)[int(np.argmax(rewards))]
 
 
-def best_reduced(results: Mapping[str, dict], config: StagesConfig) -> Arm:
-    """The reduced rate that the tuning seed prefers."""
-    return max(reduced_arms(config), key=lambda arm: tuned(results, arm))
-
-
 class _Seed:
     """Everything of one seed that a job asks for, made once."""
 
     def __init__(self, config: StagesConfig, folder, guard, seed: int):
         self.config, self.seed = config, seed
+        self.arms = {arm.name: arm for arm in make_arms(config)}
         self.prepared = prepare(config, folder, guard, seed)
         self.trainer = Trainer(config, self.prepared)
 
@@ -666,17 +687,25 @@ class _Seed:
             return self.prepared.base, 0
         stop_at = None
         if arm.stops:
-            reduced = best_reduced(results, self.config).name
-            part = "tune" if self.seed == _TUNING_SEED else f"seed{self.seed}"
-            stop_at = np.ravel(results[f"stages/{part}/{reduced}"]["sft_loss"])[0]
-        rate = arm.fraction * best_rate(results, self.config)
+            if self.seed == _TUNING_SEED:
+                chosen = chosen_setting(results, self.arms[REDUCED], self.config)
+                place = self.config.fractions.index(chosen.knob)
+                stop_at = results[f"stages/tune/{REDUCED}"]["sft_loss"][place]
+            else:
+                stop_at = results[f"stages/seed{self.seed}/{REDUCED}"]["sft_loss"]
+        fraction = knob if arm.kind == RATE else arm.fraction
+        rate = fraction * best_rate(results, self.config)
         return self.trainer.sft(arm, rate, knob, stop_at=stop_at, watch=watch)
 
     def with_anchor(self, name: str, params, groups):
-        """Groups with the logps of the model that DPO starts from."""
-        return store_anchor(
-            self.prepared.pipeline, name, params, groups, self.config.base
-        )
+        """Groups with the logps of the model that DPO starts from.
+
+        What a job that was stopped has left is not that model's to the last bit.
+        """
+        pipeline = self.prepared.pipeline
+        left = epath.Path(pipeline.disk_folder) / "anchor_logps" / name
+        processes.on_first(lambda: left.rmtree(missing_ok=True))
+        return store_anchor(pipeline, name, params, groups, self.config.base)
 
     def align(self, arm: Arm, params, groups, setting: Setting):
         """DPO, or the joint stage."""
@@ -697,7 +726,7 @@ def _rates(seed: _Seed) -> dict:
 def _tune(seed: _Seed, arm: Arm, results) -> dict:
     """Reward on validation prompts of every setting; of every SFT its loss and KL."""
     config, prepared = seed.config, seed.prepared
-    found = {"rewards": [], "sft_loss": [], "sft_kl": [], "knobs": [], "slopes": []}
+    found = {"rewards": [], "sft_loss": [], "sft_kl": [], "slopes": []}
     settings = settings_of(arm, config, results)
     for knob in arm.knobs:
         watch = None
@@ -705,10 +734,10 @@ def _tune(seed: _Seed, arm: Arm, results) -> dict:
             watch = SlopeWatch(prepared, config, arm.kind, knob)
         params, _ = seed.sft(arm, results, knob, watch)
         prompts = prepared.validation
-        after = _measure(prepared, config, params, prompts, _VALIDATION_USE)
-        found["knobs"].append(knob)
-        found["sft_loss"].append(seed.trainer.validation_loss(params))
-        found["sft_kl"].append(after.kl.mean())
+        if arm.kind not in (NO_SFT, JOINT):
+            after = _measure(prepared, config, params, prompts, _VALIDATION_USE)
+            found["sft_loss"].append(seed.trainer.validation_loss(params))
+            found["sft_kl"].append(after.kl.mean())
         if watch is not None:
             found["slopes"].append({"steps": watch.steps, "at": watch.quantiles})
         groups = seed.with_anchor(f"{arm.name} {knob}", params, prepared.pairs)
@@ -734,8 +763,9 @@ def _report(seed: _Seed, arm: Arm, results) -> dict:
         "sft_updates": updates,
         "dpo": _reported(prepared, config, seed.align(arm, params, groups, setting)),
     }
-    if arm in (WHOLE, best_reduced(results, config)):
-        name = f"own pairs, {arm.name}"
+    if arm.name in (WHOLE.name, REDUCED):
+        path = prepared.pipeline.folder / f"{arm.name.replace(' ', '_')}.jsonl"
+        processes.on_first(lambda: path.unlink(missing_ok=True))
         own = sample_pairs(
             prepared.pipeline,
             params,
@@ -743,10 +773,10 @@ def _report(seed: _Seed, arm: Arm, results) -> dict:
             prepared.grade,
             num_samples=2,
             use=_PAIRS_USE,
-            path=prepared.pipeline.folder / f"{arm.name.replace(' ', '_')}.jsonl",
+            path=path,
             temperature=config.label_temperature,
         )
-        own = seed.with_anchor(name, params, own)
+        own = seed.with_anchor(f"own pairs, {arm.name}", params, own)
         trained = seed.align(arm, params, own, setting)
         found["own"] = _reported(prepared, config, trained)
         found["own_pairs"] = len(own)
@@ -767,6 +797,8 @@ def jobs(config: StagesConfig, folder, guard) -> list[Job]:
         return _Seed(config, folder, guard, number)
 
     arms = make_arms(config)
+    without = (NO_SFT, JOINT)
+    num_sfts = {arm.name: len(arm.knobs) * (arm.kind not in without) for arm in arms}
     base = 0.12 * config.base.loop.num_steps
     sft, dpo = 2 + 0.05 * config.sft_steps, 3 + 0.05 * config.dpo_steps
     measure = 1 + 0.01 * config.num_eval_prompts
@@ -779,7 +811,8 @@ def jobs(config: StagesConfig, folder, guard) -> list[Job]:
         )
     ]
     for arm in arms:
-        num_sft, num_dpo = len(arm.knobs), 9
+        num_sft = num_sfts[arm.name]
+        num_dpo = len(config.dpo_betas) * len(config.dpo_rates)
         found.append(
             Job(
                 f"stages/tune/{arm.name}",
@@ -793,7 +826,10 @@ def jobs(config: StagesConfig, folder, guard) -> list[Job]:
             found.append(
                 Job(
                     f"stages/seed{number}/{arm.name}",
-                    2 + (arm is WHOLE),
+                    min(1, num_sfts[arm.name])
+                    + 1
+                    + (arm is WHOLE)  # the base
+                    + (arm.name in (WHOLE.name, REDUCED)),
                     sft + dpo + 3 * measure + base * (arm is WHOLE),
                     lambda results, arm=arm, number=number: _report(
                         seed_of(number), arm, results

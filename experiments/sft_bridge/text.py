@@ -22,7 +22,8 @@ Several learning rates or divergences are a sweep:
 Source: arXiv:2507.00018, whose settings are not verified. The preset of Llama 3 8B has
 the public recipe of SimPO's repository instead (UltraChat-200k at 2e-5, UltraFeedback
 at beta 0.01 and 5e-7, one epoch each, 128 a step, warm-up of a tenth); their rates
-below 2e-5 are ours. Hardware: of the preset; docs/tpu.md says what was compiled.
+below 2e-5 are ours, and so are rows of 4,096 positions, where the recipe cuts texts at
+2,048. Hardware: of the preset; docs/tpu.md says what was compiled.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from experiments.worlds import methods, sections, tasks
 from experiments.worlds.command import run_command, where_is
 from experiments.worlds.models import COMPUTE, DecoderSizes, make_model, make_stage
 from experiments.worlds.pipeline import (
+    Grade,
     Pipeline,
     make_watch,
     measure_loss,
@@ -52,6 +54,7 @@ from experiments.worlds.single import keep_record, open_pipeline
 from pref_jax import model_folders, processes, report
 from pref_jax.data import sources
 from pref_jax.data.records import parse_rename
+from pref_jax.data.templates import TextEncoder
 from pref_jax.evals.preference import bootstrap_interval
 from pref_jax.losses.supervised import TOTAL_VARIATION
 from pref_jax.method import Method
@@ -85,9 +88,9 @@ class Config:
     sft: StageConfig  # on demonstrations
     dpo: StageConfig  # on pairs
     base: AvoidSubcommands[StageConfig | None] = None  # on text, without `model`
-    sft_epochs: float | None = None  # in the place of SFT's number of steps
-    dpo_epochs: float | None = None  # in the place of DPO's
-    warmup: float = 0.1  # share of a stage, where epochs are given
+    sft_epochs: float | None = None  # set SFT's steps, warm-up and validations
+    dpo_epochs: float | None = None  # likewise DPO's
+    warmup: float = 0.1  # share of a stage whose epochs are given
     beta: float = 0.1  # reward per nat of DPO
     divergence: str | None = None  # of SFT that keeps near the base; None: plain SFT
     fsft: methods.FsftConfig = methods.FsftConfig()  # how it keeps near
@@ -120,10 +123,9 @@ class Config:
         return self.model is None and self.base is not None
 
     def __post_init__(self):
-        if self.divergence is not None:
-            methods.find_divergence(self.divergence)
-        elif self.fsft != methods.FsftConfig():
-            raise ValueError("`fsft` belongs to `divergence`; give --divergence too.")
+        methods.check_divergence(self.divergence, self.fsft, self.sft)
+        if self.warmup != 0.1 and self.sft_epochs is None and self.dpo_epochs is None:
+            raise ValueError("`warmup` is of stages whose epochs are given.")
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive; got {self.beta}.")
         if self.documents != Rows() and not self.trains_base:
@@ -161,6 +163,7 @@ class Data:
       pairs: K = 2.
       documents: text of the base, or None.
       prompts: held out, of the demonstrations; that the models answer.
+      grade: of an answer, or None.
       encoder: text <-> ids.
       vocab_size: of a fresh decoder.
       notes: what was read and left out.
@@ -170,7 +173,8 @@ class Data:
     pairs: tuple[Sequence[TokenGroup], Sequence[TokenGroup]]
     documents: tuple[Sequence[TokenGroup], Sequence[TokenGroup]] | None
     prompts: list
-    encoder: object
+    grade: Grade | None
+    encoder: TextEncoder
     vocab_size: int
     notes: tuple[str, ...]
 
@@ -204,7 +208,7 @@ def read_data(config: Config) -> Data:
             "--tokenizer DIR."
         )
 
-    def read(name: str, rows: Rows) -> tasks.Task:
+    def read(name: str, rows: Rows, grade: str | None = None) -> tasks.Task:
         if not rows.data:
             raise ValueError(f"a run needs {name}; give --{name}.data FILE.")
         return tasks.own_task(
@@ -216,7 +220,7 @@ def read_data(config: Config) -> Data:
             tokenizer=config.tokenizer,
             model=config.model,
             max_positions=config.max_positions,
-            grade=None,
+            grade=grade,
             on_error=config.on_error,
             num_eval_prompts=config.num_eval_prompts,
             row_length=config.row_length,
@@ -225,9 +229,8 @@ def read_data(config: Config) -> Data:
             samples_pairs=False,
         )
 
-    shown, compared = (
-        read(name, getattr(config, name)) for name in ("demonstrations", "pairs")
-    )
+    shown = read("demonstrations", config.demonstrations, config.grade)
+    compared = read("pairs", config.pairs)
     if compared.pairs is None:
         raise ValueError(
             f"{', '.join(config.pairs.data)} holds demonstrations, and DPO compares "
@@ -245,6 +248,7 @@ def read_data(config: Config) -> Data:
         pairs=compared.pairs,
         documents=documents,
         prompts=shown.eval_prompts,
+        grade=shown.grade,
         encoder=shown.encoder,
         vocab_size=shown.vocab_size,
         notes=tuple(dict.fromkeys(notes)),
@@ -254,7 +258,7 @@ def read_data(config: Config) -> Data:
 def in_epochs(
     stage: StageConfig, epochs: float | None, num_groups: int, warmup: float
 ) -> StageConfig:
-    """A stage of so many epochs, with ten validations; None: the stage as it is.
+    """A stage of so many epochs, ten validations or more; None: the stage as it is.
 
     Args:
       stage: how it trains.
@@ -327,15 +331,16 @@ def run(
             unit="documents",
             consume=True,
         )
-    method, heldout = make_sft(config), data.demonstrations[1]
-    shown, measured, compared = (
-        store_anchor(pipeline, f"base_{name}", params, groups, config.sft)
-        for name, groups in (
-            ("demonstrations", data.demonstrations[0]),
-            ("heldout", heldout),
-            ("heldout_pairs", data.pairs[1]),
-        )
-    )
+    method = make_sft(config)
+
+    def with_base(name, groups):
+        return store_anchor(pipeline, f"base_{name}", params, groups, config.sft)
+
+    shown, heldout = data.demonstrations
+    measured = with_base("heldout", heldout)
+    compared = with_base("heldout_pairs", data.pairs[1])
+    if "anchor_logps" in method.requires:
+        shown, heldout = with_base("demonstrations", shown), measured
 
     def tell(name, params):
         """What a model is, against the base."""
@@ -354,9 +359,8 @@ def run(
     results["base"] = {"loss": base_loss["loss"]}
     stage = in_epochs(config.sft, config.sft_epochs, len(shown), config.warmup)
     params, fitted["SFT"] = pipeline.train(
-        *("SFT", method, params, shown, measured, stage),
+        *("SFT", method, params, shown, heldout, stage),
         unit="demonstrations",
-        start=config.model,
         consume=True,
     )
     answers = tell("SFT", params)
@@ -371,10 +375,9 @@ def run(
     )
     answers += tell("DPO", params)
     results["DPO"] |= _implicit(pipeline, params, pairs[1], config.dpo)
-    if config.grade is not None:
-        grade = tasks.load_grade(config.grade)
-        for answer in answers:
-            answer["reward"] = grade(answer["prompt"], answer["response"])["reward"]
+    if data.grade is not None:
+        for prompt, answer in zip(2 * data.prompts, answers, strict=True):
+            answer["reward"] = data.grade(prompt, answer["response"])["reward"]
         for name in ("SFT", "DPO"):
             rewards = [x["reward"] for x in answers if x["model"] == name]
             results[name]["reward"] = bootstrap_interval(np.array(rewards))
@@ -502,7 +505,8 @@ def programs(config: Config, mesh) -> list[Program]:
       mesh: of `make_mesh`.
 
     Returns:
-      Both train steps, and the scoring passes of their anchors.
+      Both train steps, the scoring passes of their anchors, and the sampler on
+      parameters of bfloat16; a run's are float32.
     """
     sizes = published.SHAPES[config.shape]
     if config.model is not None:
@@ -515,6 +519,7 @@ def programs(config: Config, mesh) -> list[Program]:
         found.step("SFT step", config.sft, make_sft(config), 1),
         found.scoring("scoring pass, pairs", dpo, 2),
         found.step("DPO step", config.dpo, dpo, 2),
+        found.sampler(),
     ]
 
 
@@ -541,7 +546,7 @@ PAPER = Config(
 )
 SMALL = Config(
     base=make_stage(32, 600, 2e-3),
-    sft=make_stage(32, 200, 1e-3, best="validation/loss"),
+    sft=make_stage(32, 200, 1e-3),
     dpo=make_stage(16, 100, 1e-4, weight_decay=0.0),
 )
 _SHORT = LoopConfig(num_steps=4, validate_every=2, checkpoint_every=2)

@@ -472,5 +472,5 @@ def jobs(config: ValuesConfig, folder, guard) -> list[Job]:
             40 + 0.05 * steps,
             lambda results, seed=seed: run(config, folder, guard, seed),
         )
-        for seed in range(config.num_seeds)
+        for seed in range(1, config.num_seeds + 1)  # 0 was tried to set sizes
     ]

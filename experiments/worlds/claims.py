@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pref_jax import report
-from pref_jax.evals.preference import Interval
+from pref_jax.evals.preference import Interval, bootstrap_interval
 
 HOLDS, FAILS, NOT_TESTABLE = "holds", "does not hold", "not testable here"
 
@@ -30,6 +30,27 @@ class Verdict:
     unit: str
     verdict: str
     note: str = ""
+
+
+FEWEST_SEEDS = 5
+"""A bootstrap interval of fewer numbers says nothing."""
+
+
+def judged(claim: str, needed: str, differences, unit: str, note: str = "") -> Verdict:
+    """A claim that holds if the interval of a mean is above zero.
+
+    Args:
+      claim: in words.
+      needed: in words.
+      differences: f64[seeds], paired; fewer than `FEWEST_SEEDS` are not judged.
+      unit: of the differences.
+      note: what else there is to say.
+    """
+    effect = bootstrap_interval(differences)
+    verdict = HOLDS if effect.low > 0 else FAILS
+    if len(differences) < FEWEST_SEEDS:
+        verdict, note = NOT_TESTABLE, f"{len(differences)} seeds are too few. {note}"
+    return Verdict(claim, needed, effect, unit, verdict, note.strip())
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> report.Table:

@@ -26,6 +26,7 @@ from pref_jax.losses.supervised import (
     nll_loss,
 )
 from pref_jax.method import Method, on_rewards, on_token_logps, token_weight
+from pref_jax.train.stage import StageConfig
 
 
 def make_sft() -> Method:
@@ -85,6 +86,29 @@ def find_divergence(name: str) -> Divergence:
             f"`divergence` must be one of {', '.join(DIVERGENCES)}; got {name!r}."
         )
     return DIVERGENCES[name]
+
+
+def check_divergence(name: str | None, fsft: FsftConfig, stage: StageConfig) -> None:
+    """What a config says of SFT by a divergence must fit together.
+
+    Args:
+      name: of the divergence; None: SFT is plain.
+      fsft: how it keeps near.
+      stage: how it trains.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if name is None:
+        if fsft != FsftConfig():
+            raise ValueError("`fsft` belongs to `divergence`; give --divergence too.")
+        return
+    find_divergence(name)
+    if fsft.partition == "solve" and stage.num_microbatches > 1:
+        raise ValueError(
+            f"`partition` solve looks across the batch, which `num_microbatches` "
+            f"{stage.num_microbatches} cuts; use one of them."
+        )
 
 
 def make_fsft(

@@ -150,6 +150,15 @@ def test_a_run_without_model_or_data_says_what_it_needs():
         ({"divergence": "hellinger"}, "`divergence` is of SFT and `beta` of DPO"),
         ({"beta": None, "divergence": "kl"}, "`divergence` must be one of total-var"),
         ({"fsft": FsftConfig(level="sequence")}, "`fsft` belongs to `divergence`"),
+        (
+            {
+                "beta": None,
+                "divergence": "hellinger",
+                "fsft": FsftConfig(partition="solve"),
+                "stage": dataclasses.replace(finetune.SMOKE.stage, num_microbatches=2),
+            },
+            "`partition` solve looks across the batch",
+        ),
         ({"shape": "llama-9"}, "`shape` must be one of llama-3-8b"),
         ({"lora": dataclasses.replace(finetune.SMOKE.lora, rank=3)}, "give --adapters"),
         ({"weights": (1.0,)}, "a number for each of 0 sources"),

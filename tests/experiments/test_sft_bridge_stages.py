@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments.sft_bridge import stages, verdicts
+from experiments.sft_bridge import page, stages, verdicts
 from experiments.sft_bridge.config import SMALL, SMOKE
 from experiments.sft_bridge.stages import Arm, Setting
 from experiments.worlds import instructions
-from experiments.worlds.claims import FAILS, HOLDS
+from experiments.worlds.claims import FAILS, HOLDS, NOT_TESTABLE
 from pref_jax.train.checkpoint import PreemptionGuard
 
 CONFIG = SMOKE.stages
@@ -56,19 +56,22 @@ def test_too_few_pairs_of_unequal_rewards_are_an_error():
 # --- arms -----------------------------------------------------------------------------
 
 
-def chosen(arm, index, config=SMALL.stages):
-    """Results in which this setting of the nine is the best."""
-    rewards = [0.1] * 9
+def chosen(arm, index):
+    """Results in which this setting of the twelve is the best."""
+    rewards = [0.1] * 12
     rewards[index] = 0.5
-    return {f"stages/tune/{arm}": {"rewards": rewards}}
+    return {
+        "stages/rates": {"losses": [0.5, 0.4, 0.3, None, 0.5]},
+        f"stages/tune/{arm}": {"rewards": rewards},
+    }
 
 
-def test_every_arm_chooses_among_nine_settings():
+def test_every_arm_chooses_among_twelve_settings():
     config = SMALL.stages
-    results = chosen("whole rate", 4)  # the middle beta and rate
+    results = chosen("whole rate", 4)  # the second beta and rate
     for arm in ARMS.values():
         settings = stages.settings_of(arm, config, results)
-        assert len(set(settings)) == 9, arm
+        assert len(set(settings)) == 12, arm
         counts = collections.Counter(setting.knob for setting in settings)
         assert list(counts) == list(arm.knobs)
         if arm.knobs != (None,):
@@ -76,17 +79,20 @@ def test_every_arm_chooses_among_nine_settings():
     assert stages.chosen_setting(results, ARMS["whole rate"], config) == Setting(
         None, config.dpo_betas[1], config.dpo_rates[1]
     )
+    # The one stage of both losses has rates of SFT; a rate that diverged is not best.
+    rates = {s.dpo_rate for s in stages.settings_of(ARMS["joint"], config, results)}
+    assert rates == {x * config.sft_rates[2] for x in config.joint_rates}
 
 
 def test_the_controls_of_the_paper_file_are_there():
     names = list(ARMS)
     assert {"early stop", "explicit KL", "decay to the base", "no SFT"} < set(names)
-    assert {"chi-squared", "Hellinger", "Jensen-Shannon", "joint"} < set(names)
+    assert {"chi-squared", "hellinger", "jensen-shannon", "joint"} < set(names)
     fractions = [arm.fraction for arm in ARMS.values() if arm.fraction < 1]
-    assert fractions == [0.5, 0.25, 0.1, 0.05]
+    assert fractions == [0.5, 0.25, 0.1, 0.05] == list(ARMS["reduced rate"].knobs)
     # What an arm needs of others stands before it.
-    reduced = [arm.name for arm in stages.reduced_arms(SMALL.stages)]
-    assert names[: 1 + len(reduced)] == ["whole rate", *reduced]
+    assert names.index("whole rate") < names.index("reduced rate")
+    assert names.index("reduced rate") < names.index("early stop")
 
 
 def test_runs_are_counted_and_seed_zero_is_not_reported():
@@ -96,13 +102,29 @@ def test_runs_are_counted_and_seed_zero_is_not_reported():
     assert sum(name.startswith("stages/tune/") for name in names) == len(ARMS)
     seeds = {name.split("/")[1] for name in names if name.startswith("stages/seed")}
     assert seeds == {f"seed{n}" for n in range(1, 6)}
-    by_name = {job.name: job for job in jobs}
-    assert by_name["stages/tune/whole rate"].num_runs == 1 + 9
-    assert by_name["stages/tune/explicit KL"].num_runs == 3 + 9
-    with pytest.raises(ValueError, match=r"each must lie in \(0, 1\)"):
-        dataclasses.replace(SMALL.stages, fractions=(1.0,))
-    with pytest.raises(ValueError, match="`num_seeds` must be 1 or more"):
-        dataclasses.replace(SMALL.stages, num_seeds=0)
+    runs = {job.name: job.num_runs for job in jobs}
+    assert runs["stages/tune/whole rate"] == 1 + 12
+    assert runs["stages/tune/explicit KL"] == 4 + 12
+    assert runs["stages/tune/joint"] == runs["stages/tune/no SFT"] == 12
+    assert runs["stages/seed1/whole rate"] == 4  # base, SFT, DPO on two kinds of pairs
+    assert runs["stages/seed1/reduced rate"] == 3
+    assert runs["stages/seed1/joint"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fractions": (1.0, 0.5, 0.1, 0.05)}, r"each must lie in \(0, 1\)"),
+        ({"num_seeds": 0}, r"`num_seeds` must lie in \[1, 10000\); got 0"),
+        ({"crowd_share": 1.0}, r"`crowd_share` must lie in \(0, 1\)"),
+        ({"kl_weights": (0.1,)}, "every arm needs the same number of settings"),
+        ({"joint_rates": (1.0,)}, "`dpo_rates` and `joint_rates` one"),
+        ({"expert": instructions.World(test_rate=0.2)}, "differ in wrong_rate, sloppy"),
+    ],
+)
+def test_a_bad_config_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL.stages, **change)
 
 
 # --- training -------------------------------------------------------------------------
@@ -163,7 +185,7 @@ def test_a_small_beta_of_a_divergence_is_plain_sft(trainer):
     for name in stages.DIVERGENCES:
         found, _ = trainer.sft(Arm(name, name), RATE, 1e-4)
         assert gap(found, plain) < 1e-4
-    far, _ = trainer.sft(Arm("x", "Hellinger"), RATE, 3.0)
+    far, _ = trainer.sft(Arm("x", "hellinger"), RATE, 3.0)
     assert gap(far, plain) > 1e-4
 
 
@@ -195,7 +217,7 @@ def test_both_losses_at_once_go_towards_each_of_them(prepared, trainer):
         return stages.implicit_accuracy(prepared, CONFIG, params)
 
     little = trainer.joint(pairs, Setting(1e-6, 0.1, RATE))
-    much = trainer.joint(pairs, Setting(100.0, 0.1, RATE))
+    much = trainer.joint(pairs, Setting(10.0, 0.1, RATE))
     base = trainer.validation_loss(prepared.base)
     assert trainer.validation_loss(little) < base
     assert trainer.validation_loss(little) < trainer.validation_loss(much)
@@ -205,8 +227,8 @@ def test_both_losses_at_once_go_towards_each_of_them(prepared, trainer):
 
 @pytest.mark.slow
 def test_slopes_are_watched_from_the_first_update_to_the_last(prepared, trainer):
-    watch = stages.SlopeWatch(prepared, CONFIG, "Hellinger", 1.0, num=3)
-    trainer.sft(Arm("x", "Hellinger"), RATE, 1.0, watch=watch)
+    watch = stages.SlopeWatch(prepared, CONFIG, "hellinger", 1.0, num=3)
+    trainer.sft(Arm("x", "hellinger"), RATE, 1.0, watch=watch)
     assert watch.steps == [0, 3, 6]
     first, _, last = watch.quantiles
     np.testing.assert_allclose(first, 1.0, rtol=1e-4)  # at the base
@@ -216,42 +238,43 @@ def test_slopes_are_watched_from_the_first_update_to_the_last(prepared, trainer)
 # --- verdicts -------------------------------------------------------------------------
 
 
-def results(rewards, own=(0.5, 0.5), reduced="0.25 of the rate"):
+def results(rewards, own=(0.5, 0.5), seeds=5):
     """Of an arm the reward after DPO, the same for every seed but for a little."""
-    found = {"stages/rates": {"losses": [0.5, 0.4, 0.3, 0.4, 0.5]}}
+    found = chosen("", 0)
     for name in ARMS:
-        best = 0.9 if name in (reduced, "Hellinger") else 0.8
-        tuning = {"rewards": [0.1] * 8 + [best]}
-        found[f"stages/tune/{name}"] = tuning
-        for seed in range(1, 6):
+        found[f"stages/tune/{name}"] = {"rewards": [0.1] * 11 + [0.5]}
+        for seed in range(1, 1 + seeds):
             reward = rewards.get(name, 0.6) + 0.001 * seed
-            run = {"dpo": {"reward": reward}, "sft_loss": 0.4}
-            if name in ("whole rate", reduced):
-                run["own"] = {"reward": own[name == reduced] + 0.001 * seed}
+            run = {"dpo": {"reward": reward, "wins": reward / 2}, "sft_loss": 0.4}
+            if name in ("whole rate", "reduced rate"):
+                reward = own[name == "reduced rate"]
+                run["own"] = {"reward": reward + 0.001 * seed}
             found[f"stages/seed{seed}/{name}"] = run
     return found
 
 
+def measured(rewards, **options):
+    config = dataclasses.replace(SMALL.stages, num_seeds=options.get("seeds", 5))
+    return verdicts.StagesMeasured(results(rewards, **options), config)
+
+
 def judged(rewards, **options):
-    measured = verdicts.StagesMeasured(results(rewards, **options), SMALL.stages)
-    return verdicts.judge_stages(measured)
+    return verdicts.judge_stages(measured(rewards, **options))
 
 
 def test_a_rate_that_helps_beyond_its_controls_holds():
-    found = judged({"0.25 of the rate": 0.7, "joint": 0.5}, own=(0.5, 0.6))
-    by_claim = {v.claim: v for v in found}
+    found = judged({"reduced rate": 0.7, "joint": 0.5}, own=(0.5, 0.6))
     assert [v.verdict for v in found[:5]] == [HOLDS] * 5
     assert found[0].effect.mean == pytest.approx(0.1)
-    assert "0.25 of the rate less whole rate" in found[0].unit
+    assert found[0].note == "chosen: 0.05 of the rate"
     # The divergences are as good as plain SFT: an interval at zero does not hold.
-    same = [v for claim, v in by_claim.items() if claim.endswith("at the same rate.")]
+    same = [v for v in found if v.claim.endswith("at the same rate.")]
     assert [v.verdict for v in same] == [FAILS] * 3
     assert found[-1].verdict == HOLDS and found[-1].effect.mean == pytest.approx(0.1)
 
 
 def test_a_control_that_does_the_same_and_a_joint_stage_that_is_better_are_seen():
-    rewards = {"0.25 of the rate": 0.7, "early stop": 0.7, "joint": 0.65}
-    found = judged(rewards)
+    found = judged({"reduced rate": 0.7, "early stop": 0.7, "joint": 0.65})
     assert found[0].verdict == HOLDS
     assert found[1].verdict == FAILS  # own pairs
     assert found[2].verdict == FAILS  # early stop
@@ -259,15 +282,35 @@ def test_a_control_that_does_the_same_and_a_joint_stage_that_is_better_are_seen(
     assert found[-1].verdict == FAILS and found[-1].effect.high < 0
 
 
-def test_the_best_divergence_is_held_against_the_best_rate():
-    rewards = {"0.25 of the rate": 0.7, "Hellinger": 0.65}
-    found = judged(rewards)
-    (best,) = [v for v in found if "best f-divergence" in v.claim]
-    assert best.verdict == FAILS and "Hellinger less 0.25 of the rate" in best.unit
-    (same,) = [v for v in found if v.claim.startswith("SFT by Hellinger")]
-    assert same.verdict == HOLDS
+def test_without_an_effect_there_is_nothing_to_explain():
+    """Better than its controls, which are worse than what needs no control."""
+    found = judged({"reduced rate": 0.55, "early stop": 0.5, "explicit KL": 0.5})
+    assert found[0].verdict == FAILS
+    assert [v.verdict for v in found[2:5]] == [NOT_TESTABLE] * 3
+    assert found[2].effect.low > 0 and found[2].note == "the first claim does not hold"
+
+
+def test_a_divergence_is_held_against_plain_sft_at_both_rates():
+    found = judged({"reduced rate": 0.7, "hellinger": 0.65, "chi-squared": 0.5})
+    of = [v for v in found if v.claim.startswith("SFT by hellinger")]
+    assert [v.verdict for v in of] == [HOLDS, FAILS]
+    of = [v for v in found if v.claim.startswith("SFT by chi-squared")]
+    assert [v.verdict for v in of] == [FAILS, NOT_TESTABLE]
+
+
+def test_few_seeds_judge_nothing():
+    found = judged({"reduced rate": 0.7}, seeds=2)
+    assert {v.verdict for v in found} == {NOT_TESTABLE}
+    assert found[0].note.startswith("2 seeds are too few")
+
+
+def test_the_headline_is_a_share_of_the_whole_rate():
+    first, *_, last = page.headline(measured({"reduced rate": 0.7, "joint": 0.45}))
+    mean = 0.603
+    assert first["relative"].mean == pytest.approx(0.1 / mean)
+    assert first["points"].mean == pytest.approx(0.05)
+    assert last["relative"].mean == pytest.approx(-0.15 / mean)
 
 
 def test_the_rate_of_the_lowest_validation_loss_is_the_whole_one():
-    measured = verdicts.StagesMeasured(results({}), SMALL.stages)
-    assert math.isclose(measured.rate, SMALL.stages.sft_rates[2])
+    assert math.isclose(measured({}).rate, SMALL.stages.sft_rates[2])

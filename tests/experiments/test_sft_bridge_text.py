@@ -43,6 +43,7 @@ def change(**fields):
         ({"divergence": "kl"}, "`divergence` must be one of total-variation, chi"),
         ({"fsft": FsftConfig(beta=1.0)}, "`fsft` belongs to `divergence`"),
         ({"beta": 0.0}, "`beta` must be positive; got 0"),
+        ({"warmup": 0.2}, "`warmup` is of stages whose epochs are given"),
         ({"model": "x", "documents": Rows(("x",))}, "are text for a base, and none is"),
         ({"base": None, "documents": Rows(("x",))}, "are text for a base, and none is"),
         ({"sft_epochs": 0.0}, "`sft_epochs` must be positive or None; got 0"),
@@ -105,6 +106,7 @@ def test_programs_are_known_from_shapes_alone(divergence):
         "SFT step",
         "scoring pass, pairs",
         "DPO step",
+        "sampler",
     ]
     _, _, shown = found["SFT step"].arguments
     _, _, pairs = found["DPO step"].arguments
@@ -139,6 +141,19 @@ def run(folder, cwd, root, *arguments):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def test_a_grade_that_fails_does_so_before_anything_is_trained(own_files, tmp_path):
+    rows = Rows((str(own_files / "demonstrations.jsonl"),))
+    config = change(
+        tokenizer=str(own_files / "tokenizer"),
+        demonstrations=rows,
+        pairs=Rows((str(own_files / "pairs.jsonl"),)),
+        cache=str(tmp_path),
+        grade="nowhere:grade",
+    )
+    with pytest.raises(ValueError, match="--grade nowhere:grade must name module"):
+        text.read_data(config)
 
 
 @pytest.mark.slow
