@@ -20,6 +20,11 @@ from pref_jax.types import Model
 _logger = logging.getLogger("pref_jax.experiments")
 
 
+ASIDE = ("profile", "profile_steps", "wandb", "compile_cache", "cache")
+"""Fields of a config that change nothing of what is computed: a run that was begun
+without a profile may be continued with one."""
+
+
 @contextlib.contextmanager
 def open_pipeline(
     config,
@@ -46,7 +51,9 @@ def open_pipeline(
     """
     values = dataclasses.asdict(config)
     with (
-        run_lib.open_run(config.root, config=values, name=config.name) as folder,
+        run_lib.open_run(
+            config.root, config=values, name=config.name, aside=ASIDE
+        ) as folder,
         PreemptionGuard() as guard,
     ):
         _logger.info("run folder: %s", folder)

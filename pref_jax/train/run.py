@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeVar
 
 import jax
@@ -105,7 +105,11 @@ def _without_folders(argument: str) -> str:
 
 @contextlib.contextmanager
 def open_run(
-    root: str, *, config: dict, name: str | None = None
+    root: str,
+    *,
+    config: dict,
+    name: str | None = None,
+    aside: Collection[str] = (),
 ) -> Iterator[epath.Path]:
     """Choose, lock and describe the folder of a run.
 
@@ -120,6 +124,8 @@ def open_run(
       root: folder of the experiment's runs, on a disk or `gs://`.
       config: resolved config, plain JSON values.
       name: of the run; None: chosen as above.
+      aside: fields of the config that do not change what a run computes, such as where
+        its metrics are shown: they may differ when it is continued.
 
     Yields:
       The run's folder, locked until the block is left. Its `config.json` holds the
@@ -137,7 +143,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
 
         def start() -> dict:
-            folder = _claim(stack, folder_of_runs, config, name)
+            folder = _claim(stack, folder_of_runs, config, name, aside)
             saved = _describe(folder, config)
             return {"name": name or folder.name, "id": saved["id"]}
 
@@ -188,13 +194,16 @@ def count_starts(folder: epath.Path) -> int:
     return read_json(folder / CONFIG_FILE)["starts"]
 
 
-def _claim(stack, root, config, name) -> epath.Path:
+def _claim(stack, root, config, name, aside) -> epath.Path:
+    def counted(config):
+        return {key: value for key, value in config.items() if key not in aside}
+
     if name is not None:
         folder = root / name
-        _check_free(folder, config)
+        _check_free(folder, config, counted)
         if not _lock(stack, folder):
             raise RunFolderError(f"run {folder} is in use by another process.")
-        _check_free(folder, config)  # it may have been waited for
+        _check_free(folder, config, counted)  # it may have been waited for
         return folder
     numbers = sorted(
         int(path.name)
@@ -203,7 +212,9 @@ def _claim(stack, root, config, name) -> epath.Path:
     )
     for number in reversed(numbers):
         folder = root / _number_name(number)
-        if not _is_unfinished(folder) or _read_config(folder) != config:
+        if not _is_unfinished(folder):
+            continue
+        if counted(_read_config(folder)) != counted(config):
             continue
         with contextlib.ExitStack() as attempt:
             if _lock(attempt, folder) and _is_unfinished(folder):
@@ -220,11 +231,11 @@ def _is_unfinished(folder: epath.Path) -> bool:
     return started and not (folder / RECORD_FILE).exists()
 
 
-def _check_free(folder: epath.Path, config: dict) -> None:
+def _check_free(folder: epath.Path, config: dict, counted: Callable) -> None:
     if (folder / RECORD_FILE).exists():
         raise RunFolderError(f"run {folder} is finished; give another --name, or none.")
     if (folder / CONFIG_FILE).exists():
-        changed = differences(_read_config(folder), config)
+        changed = differences(counted(_read_config(folder)), counted(config))
         if changed:
             raise RunFolderError(
                 f"run {folder} was started with another config: {changed}. "

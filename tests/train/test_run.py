@@ -110,6 +110,19 @@ def test_a_named_run_with_another_config_is_refused_by_field(tmp_path):
     assert "sizes" not in message and "--name" in message
 
 
+def test_what_is_put_aside_may_change_when_a_run_is_continued(tmp_path):
+    def opened(config, **options):
+        with open_run(str(tmp_path), config=config, aside=("shown",), **options) as at:
+            return at.name
+
+    assert opened({"a": 1, "shown": None}) == "001"
+    assert opened({"a": 1, "shown": "here"}) == "001"
+    assert opened({"a": 2, "shown": None}) == "002"
+    assert opened({"a": 1}, name="mine") == opened({"a": 1, "shown": 3}, name="mine")
+    with pytest.raises(RunFolderError, match="a: saved 1, now 2"):
+        opened({"a": 2, "shown": None}, name="mine")
+
+
 def test_a_field_that_the_saved_config_lacks_is_a_difference(tmp_path):
     open_and_close(tmp_path, name="mine")
     with pytest.raises(RunFolderError, match="new"):
