@@ -227,6 +227,7 @@ def read_data(config: Config) -> Data:
             long_groups=config.long_groups,
             cache=config.cache,
             samples_pairs=False,
+            option=f"--{name}.heldout",
         )
 
     shown = read("demonstrations", config.demonstrations, config.grade)

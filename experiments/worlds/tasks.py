@@ -131,6 +131,7 @@ def own_task(
     cache: str,
     samples_pairs: bool = True,
     takes_lists: bool = False,
+    option: str = "--heldout",
 ) -> Task:
     """Your own files, tokenizer and grade in the place of the world's.
 
@@ -153,6 +154,7 @@ def own_task(
       samples_pairs: whether demonstrations are of use only with a grade, because pairs
         are then sampled.
       takes_lists: whether more than two responses a row are of use.
+      option: of the command line that gives `heldout`, for messages.
 
     Raises:
       ValueError: the files hold neither pairs nor demonstrations (nor, if they are
@@ -194,7 +196,7 @@ def own_task(
             f"{' and '.join(map(str, sorted(sizes)))} responses a row, "
             f"{sum(map(len, training))} training and {len(evaluation)} held-out rows. "
             f"This experiment takes {wanted}, not both, and some of both splits; give "
-            f"--heldout FILE if a tenth of the prompts is too few."
+            f"{option} FILE if a tenth of the prompts is too few."
         )
     compares = sizes != {1}
     if not compares and grade is None and samples_pairs:

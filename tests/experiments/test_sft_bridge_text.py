@@ -76,6 +76,24 @@ def test_demonstrations_are_no_pairs(own_files, tmp_path):
         text.read_data(config)
 
 
+def test_text_without_prompts_needs_a_heldout_file_of_its_own(own_files, tmp_path):
+    path = tmp_path / "text.jsonl"
+    rows = [{"prompt": "", "response": f"{i} is a number."} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = change(
+        tokenizer=str(own_files / "tokenizer"),
+        demonstrations=Rows((str(own_files / "demonstrations.jsonl"),)),
+        pairs=Rows((str(own_files / "pairs.jsonl"),)),
+        documents=Rows((str(path),)),
+        cache=str(tmp_path),
+    )
+    with pytest.raises(ValueError, match=r"give --documents\.heldout FILE"):
+        text.read_data(config)
+    given = dataclasses.replace(config.documents, heldout=str(path))
+    data = text.read_data(dataclasses.replace(config, documents=given))
+    assert len(data.documents[0][0].responses[0]) > 3
+
+
 def test_epochs_become_steps_with_warm_up_and_validations():
     stage = text.PAPER.sft
     assert text.in_epochs(stage, None, 1000, 0.1) is stage
