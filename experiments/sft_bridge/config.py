@@ -6,7 +6,7 @@ import dataclasses
 
 from tyro.conf import AvoidSubcommands
 
-from experiments.sft_bridge.stages import StagesConfig
+from experiments.sft_bridge.arms import StagesConfig
 from experiments.sft_bridge.values import ValuesConfig
 from experiments.worlds.models import DecoderSizes, make_stage
 

@@ -6,14 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from experiments.sft_bridge.arms import DIVERGENCES, REDUCED, WHOLE, settings_of
 from experiments.sft_bridge.config import Config
-from experiments.sft_bridge.stages import (
-    DIVERGENCES,
-    REDUCED,
-    WHOLE,
-    SlopeWatch,
-    settings_of,
-)
+from experiments.sft_bridge.trainer import SlopeWatch
 from experiments.sft_bridge.values import CONTROLS, SIGNALS
 from experiments.sft_bridge.verdicts import (
     REPORTED,

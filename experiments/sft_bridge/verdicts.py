@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.sft_bridge import stages
-from experiments.sft_bridge.stages import (
+from experiments.sft_bridge import arms
+from experiments.sft_bridge.arms import (
     DIVERGENCES,
     EARLY,
     REDUCED,
@@ -38,11 +38,11 @@ class StagesMeasured:
 
     def __init__(self, results: Mapping[str, dict], config: StagesConfig):
         self.results, self.config = results, config
-        self.arms = {arm.name: arm for arm in stages.make_arms(config)}
-        self.rate = stages.best_rate(results, config)
+        self.arms = {arm.name: arm for arm in arms.make_arms(config)}
+        self.rate = arms.best_rate(results, config)
 
     def _runs(self, arm: str) -> list[dict]:
-        numbers = stages.seeds_of(self.config)
+        numbers = arms.seeds_of(self.config)
         return [self.results[f"stages/seed{n}/{arm}"] for n in numbers]
 
     def of(self, arm: str, part: str, measure: str = "reward") -> np.ndarray:
@@ -57,9 +57,9 @@ class StagesMeasured:
         """What the choice of an arm has seen."""
         return self.results[f"stages/tune/{arm}"]
 
-    def setting(self, arm: str) -> stages.Setting:
+    def setting(self, arm: str) -> arms.Setting:
         """What an arm has chosen."""
-        return stages.chosen_setting(self.results, self.arms[arm], self.config)
+        return arms.chosen_setting(self.results, self.arms[arm], self.config)
 
     def gains(self, ours: str, theirs: str, measure: str = "reward") -> np.ndarray:
         """Differences between two arms after DPO: f64[seeds]."""

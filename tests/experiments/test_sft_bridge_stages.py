@@ -11,14 +11,29 @@ import pytest
 from etils import epath
 
 from experiments.sft_bridge import page, stages, verdicts
+from experiments.sft_bridge.arms import (
+    DECAY,
+    DIVERGENCES,
+    EARLY,
+    KL,
+    WHOLE,
+    Arm,
+    Setting,
+    chosen_setting,
+    make_arms,
+    settings_of,
+)
 from experiments.sft_bridge.config import SMALL, SMOKE
-from experiments.sft_bridge.stages import Arm, Setting
+from experiments.sft_bridge.prepared import judged_pairs, prepare
+from experiments.sft_bridge.trainer import SlopeWatch, Trainer
 from experiments.worlds import instructions
 from experiments.worlds.claims import FAILS, HOLDS, NOT_TESTABLE
+from experiments.worlds.pipeline import store_anchor
+from pref_jax.train import sharding
 from pref_jax.train.checkpoint import PreemptionGuard
 
 CONFIG = SMOKE.stages
-ARMS = {arm.name: arm for arm in stages.make_arms(SMALL.stages)}
+ARMS = {arm.name: arm for arm in make_arms(SMALL.stages)}
 
 
 def gap(first, second):
@@ -32,7 +47,7 @@ def gap(first, second):
 def test_a_judge_errs_as_often_as_bradley_and_terry_say():
     world, temperature = CONFIG.world, 0.2
     prompts = instructions.prompts(world, "train", 3000, seed=0)
-    pairs = stages.judged_pairs(world, prompts, 2000, temperature, seed=0)
+    pairs = judged_pairs(world, prompts, 2000, temperature, seed=0)
     assert len(pairs) == 2000
     margins = np.array(
         [
@@ -50,7 +65,7 @@ def test_a_judge_errs_as_often_as_bradley_and_terry_say():
 def test_too_few_pairs_of_unequal_rewards_are_an_error():
     prompts = instructions.prompts(CONFIG.world, "train", 50, seed=0)
     with pytest.raises(ValueError, match=r"50 prompts gave \d+ pairs .* 50 are asked"):
-        stages.judged_pairs(CONFIG.world, prompts, 50, 0.1, seed=0)
+        judged_pairs(CONFIG.world, prompts, 50, 0.1, seed=0)
 
 
 # --- arms -----------------------------------------------------------------------------
@@ -70,17 +85,17 @@ def test_every_arm_chooses_among_twelve_settings():
     config = SMALL.stages
     results = chosen("whole rate", 4)  # the second beta and rate
     for arm in ARMS.values():
-        settings = stages.settings_of(arm, config, results)
+        settings = settings_of(arm, config, results)
         assert len(set(settings)) == 12, arm
         counts = collections.Counter(setting.knob for setting in settings)
         assert list(counts) == list(arm.knobs)
         if arm.knobs != (None,):
             assert {s.dpo_beta for s in settings} == {config.dpo_betas[1]}
-    assert stages.chosen_setting(results, ARMS["whole rate"], config) == Setting(
+    assert chosen_setting(results, ARMS["whole rate"], config) == Setting(
         None, config.dpo_betas[1], config.dpo_rates[1]
     )
     # The one stage of both losses has rates of SFT; a rate that diverged is not best.
-    rates = {s.dpo_rate for s in stages.settings_of(ARMS["joint"], config, results)}
+    rates = {s.dpo_rate for s in settings_of(ARMS["joint"], config, results)}
     assert rates == {x * config.sft_rates[2] for x in config.joint_rates}
 
 
@@ -133,13 +148,15 @@ def test_a_bad_config_is_an_error(change, message):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = epath.Path(tmp_path_factory.mktemp("stages"))
-    with PreemptionGuard() as guard:
-        yield stages.prepare(CONFIG, folder, guard, 0)
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    with PreemptionGuard() as guard, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda: one)  # of eight it is slow
+        yield prepare(CONFIG, folder, guard, 0)
 
 
 @pytest.fixture(scope="module")
 def trainer(prepared):
-    return stages.Trainer(CONFIG, prepared)
+    return Trainer(CONFIG, prepared)
 
 
 RATE = 3e-3
@@ -161,10 +178,10 @@ def test_the_data_of_a_seed_are_disjoint_and_carry_the_base(prepared):
 def test_without_its_weight_an_arm_is_plain_sft_and_with_it_nearer_the_base(
     prepared, trainer
 ):
-    plain, updates = trainer.sft(stages.WHOLE, RATE, None)
+    plain, updates = trainer.sft(WHOLE, RATE, None)
     moved = gap(plain, prepared.base)
     assert updates == CONFIG.sft_steps and moved > 1e-3
-    for kind, strong in ((stages.KL, 100.0), (stages.DECAY, 300.0)):
+    for kind, strong in ((KL, 100.0), (DECAY, 300.0)):
         arm = Arm(kind, kind)
         none, _ = trainer.sft(arm, RATE, 0.0)
         assert gap(none, plain) < 1e-5
@@ -181,8 +198,8 @@ def test_without_its_weight_an_arm_is_plain_sft_and_with_it_nearer_the_base(
 
 @pytest.mark.slow
 def test_a_small_beta_of_a_divergence_is_plain_sft(trainer):
-    plain, _ = trainer.sft(stages.WHOLE, RATE, None)
-    for name in stages.DIVERGENCES:
+    plain, _ = trainer.sft(WHOLE, RATE, None)
+    for name in DIVERGENCES:
         found, _ = trainer.sft(Arm(name, name), RATE, 1e-4)
         assert gap(found, plain) < 1e-4
     far, _ = trainer.sft(Arm("x", "hellinger"), RATE, 3.0)
@@ -191,7 +208,7 @@ def test_a_small_beta_of_a_divergence_is_plain_sft(trainer):
 
 @pytest.mark.slow
 def test_an_early_stop_ends_at_the_loss_that_it_is_told(trainer):
-    arm = dataclasses.replace(stages.EARLY)
+    arm = dataclasses.replace(EARLY)
     losses = {}
 
     def watch(number, params):
@@ -209,7 +226,7 @@ def test_an_early_stop_ends_at_the_loss_that_it_is_told(trainer):
 
 @pytest.mark.slow
 def test_both_losses_at_once_go_towards_each_of_them(prepared, trainer):
-    pairs = stages.store_anchor(
+    pairs = store_anchor(
         prepared.pipeline, "of_base", prepared.base, prepared.pairs, CONFIG.base
     )
 
@@ -227,7 +244,7 @@ def test_both_losses_at_once_go_towards_each_of_them(prepared, trainer):
 
 @pytest.mark.slow
 def test_slopes_are_watched_from_the_first_update_to_the_last(prepared, trainer):
-    watch = stages.SlopeWatch(prepared, CONFIG, "hellinger", 1.0, num=3)
+    watch = SlopeWatch(prepared, CONFIG, "hellinger", 1.0, num=3)
     trainer.sft(Arm("x", "hellinger"), RATE, 1.0, watch=watch)
     assert watch.steps == [0, 3, 6]
     first, _, last = watch.quantiles
