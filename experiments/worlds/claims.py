@@ -77,7 +77,8 @@ def verdict_table(verdicts: Sequence[Verdict]) -> report.Table:
             for v in verdicts
         ),
         note="Differences between runs of one seed, with 95 % bootstrap intervals over "
-        "seeds. What each claim needed was written before the first run.",
+        "seeds, which of few seeds are rather too narrow. What each claim needed was "
+        "written before the first run, unless a remark says otherwise.",
     )
 
 

@@ -169,6 +169,8 @@ def test_the_data_of_a_seed_are_disjoint_and_carry_the_base(prepared):
     for groups in (prepared.demonstrations, prepared.heldout_pairs):
         assert all("anchor_logps" in group.extras for group in groups)
     assert not any("anchor_logps" in group.extras for group in prepared.pairs)
+    for prompt, group in zip(prepared.pair_prompts, prepared.pairs, strict=True):
+        assert prepared.pipeline.encode_prompt(prompt).tolist() == group.prompt.tolist()
     assert not set(prepared.test) & set(prepared.pair_prompts)
     assert not set(prepared.test) & set(prepared.validation)
     assert len(prepared.expert_rewards) == len(prepared.test)
