@@ -4,6 +4,8 @@
     python scripts/tables.py --check                 fail if a table is not up to date
     python scripts/tables.py --add runs/quickstart/001 --name quickstart_seed0
                                                      keep a run's record, then rewrite
+    python scripts/tables.py --add runs/rates --name sft_bridge_text
+                                                     likewise a sweep, in one record
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in README.md
 or a page of docs/; NAME is one of `TABLES` below. Records are small JSON files in
@@ -36,22 +38,85 @@ def read_records(root: pathlib.Path) -> dict[str, dict]:
 
 
 def add_record(root: pathlib.Path, run: pathlib.Path, name: str) -> None:
-    """Keep the numbers of a finished run.
+    """Keep the numbers of a finished run, or of a finished sweep.
 
     Raises:
       ValueError: the run is not finished, or its record lacks a part.
     """
-    path = run / "record.json"
+    sweep = run / "sweep.json"
+    kept = _kept_sweep(sweep) if sweep.is_file() else _kept(run / "record.json")
+    target = root / RECORDS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _kept(path: pathlib.Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"{run} has no record.json; finish the run first.")
+        raise ValueError(f"{path.parent} has no record.json; finish the run first.")
     record = json.loads(path.read_text())
     missing = [key for key in _KEPT if key not in record]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it cannot be kept.")
     kept = {key: record[key] for key in _KEPT}
-    target = root / RECORDS / f"{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept | {"config": _without_folders(record["config"])}
+
+
+def _kept_sweep(path: pathlib.Path) -> dict:
+    """Rows of all runs, and what their first one says of itself."""
+    rows = json.loads(path.read_text())
+    left = sum(row["status"] != "finished" for row in rows)
+    if left:
+        raise ValueError(f"{path}: {left} of {len(rows)} runs are not finished.")
+    first = _kept(min(path.parent.glob("*/record.json")))
+    names = list(rows[0])
+    place = names.index("status")
+    results = {
+        "fields": names[:place],
+        "metrics": [name for name in names[place + 1 :] if name != "seconds"],
+        "rows": rows,
+    }
+    seconds = sum(row["seconds"] for row in rows)
+    return first | {"results": results, "seconds": seconds}
+
+
+def _without_folders(values):
+    """Plain values whose absolute paths are cut to their last names."""
+    if isinstance(values, dict):
+        return {key: _without_folders(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_folders(value) for value in values]
+    if isinstance(values, str) and values.startswith("/"):
+        return pathlib.PurePath(values).name
+    return values
+
+
+def sweep_means(record, over: str, titles: Mapping[str, str]) -> str:
+    """Metrics of a sweep, means over one of its fields.
+
+    Args:
+      record: of `add_record`.
+      over: the field whose values are repetitions, such as a seed.
+      titles: of the metrics that are shown; of an interval its mean is taken.
+    """
+    found = record["results"]
+    fields = [field for field in found["fields"] if field != over]
+    groups: dict[tuple, list[dict]] = {}
+    for row in found["rows"]:
+        groups.setdefault(tuple(row[field] for field in fields), []).append(row)
+    lines = []
+    for values, rows in groups.items():
+        cells = []
+        for metric in titles:
+            numbers = [
+                row[metric][0] if isinstance(row[metric], list) else row[metric]
+                for row in rows
+            ]
+            mean = sum(numbers) / len(numbers)
+            cells.append(f"{mean:.3f} [{min(numbers):.3f}, {max(numbers):.3f}]")
+        lines.append([*values, len(rows), *cells])
+    columns = [*(field.split(".")[-1] for field in fields), f"{over}s"]
+    table = markdown([*columns, *titles.values()], lines)
+    return table + f"\nMeans, and the lowest and highest of the {over}s.\n"
 
 
 def markdown(columns, rows) -> str:
@@ -568,6 +633,7 @@ def adpo_control(records) -> str:
 
 
 BRIDGE_RECORD = "sft_bridge"
+BRIDGE_TEXT_RECORD = "sft_bridge_text"
 
 
 def _bridge(records, part: str) -> dict | None:
@@ -660,6 +726,24 @@ def bridge_values(records) -> str:
     return signals + "\n" + _verdicts(record, _of_values) + _made(record, made)
 
 
+def bridge_text(records) -> str:
+    """Learning rates of SFT on real text."""
+    if BRIDGE_TEXT_RECORD not in records:
+        return "not run\n"
+    record = records[BRIDGE_TEXT_RECORD]
+    table = sweep_means(
+        record,
+        "seed",
+        {
+            "results.SFT.loss": "loss on demonstrations after SFT",
+            "results.SFT.accuracy_from_base": "accuracy of log(SFT / base)",
+            "results.DPO.accuracy": "accuracy of log(DPO / SFT)",
+            "results.DPO.accuracy_from_base": "accuracy of log(DPO / base)",
+        },
+    )
+    return table + _made(record, f"{len(record['results']['rows'])} runs")
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "quickstart-differences": quickstart_differences,
     "quickstart-models": quickstart_models,
@@ -683,6 +767,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "sft-bridge-headline": bridge_headline,
     "sft-bridge-arms": bridge_arms,
     "sft-bridge-values": bridge_values,
+    "sft-bridge-text": bridge_text,
 }
 
 

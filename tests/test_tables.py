@@ -75,6 +75,43 @@ def test_a_kept_run_stands_in_the_table_without_its_report(tables, root, tmp_pat
     assert "report" not in kept
 
 
+def sweep_of(folder, *statuses):
+    """A sweep over two rates and two seeds, and the record of each run."""
+    rows = []
+    for i, status in enumerate(statuses):
+        name = f"rate={i // 2},seed={i % 2}"
+        (folder / name).mkdir()
+        record = quickstart_record(i, 0.1) | {"config": {"model": "/a/b/base"}}
+        (folder / name / "record.json").write_text(json.dumps(record))
+        row = {"sft.rate": str(i // 2), "seed": str(i % 2), "status": status}
+        metrics = {"results.loss": 1.0 + i, "results.accuracy": [0.5 + 0.1 * i, 0, 1]}
+        rows.append(row | {"seconds": 60.0} | metrics)
+    (folder / "sweep.json").write_text(json.dumps(rows))
+
+
+def test_a_sweep_is_kept_as_one_record_and_averaged_over_its_seeds(
+    tables, root, tmp_path
+):
+    (tmp_path / "runs").mkdir()
+    sweep_of(tmp_path / "runs", *["finished"] * 4)
+    tables.main(["--add", str(tmp_path / "runs"), "--name", "rates"], root)
+    kept = json.loads((root / "docs/records/rates.json").read_text())
+    assert kept["seconds"] == 240 and kept["config"] == {"model": "base"}
+    assert kept["results"]["fields"] == ["sft.rate", "seed"]
+    titles = {"results.loss": "loss", "results.accuracy": "accuracy"}
+    text = tables.sweep_means(kept, "seed", titles)
+    assert "| rate | seeds | loss | accuracy |" in text
+    assert "| 0 | 2 | 1.500 [1.000, 2.000] | 0.550 [0.500, 0.600] |" in text
+    assert "| 1 | 2 | 3.500 [3.000, 4.000] |" in text
+
+
+def test_a_sweep_that_is_not_finished_is_refused(tables, root, tmp_path):
+    (tmp_path / "runs").mkdir()
+    sweep_of(tmp_path / "runs", "finished", "failed")
+    with pytest.raises(ValueError, match="1 of 2 runs are not finished"):
+        tables.main(["--add", str(tmp_path / "runs"), "--name", "rates"], root)
+
+
 def test_an_unfinished_run_is_refused(tables, root, tmp_path):
     with pytest.raises(ValueError, match="finish the run first"):
         tables.main(["--add", str(tmp_path), "--name", "x"], root)

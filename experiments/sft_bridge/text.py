@@ -288,8 +288,6 @@ def in_epochs(
 # --- the run --------------------------------------------------------------------------
 
 _ANSWERS_USE = 1
-
-
 _LIKELIHOOD = methods.make_sft()
 _LOG_RATIO = methods.make_fsft(TOTAL_VARIATION, 1.0)  # its loss: minus the log-ratio
 _REWARD = methods.make_dpo(1.0)
