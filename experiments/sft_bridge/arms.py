@@ -44,11 +44,11 @@ class StagesConfig:
     sft_rates: tuple[float, ...] = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
     fractions: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)  # of the best of them
     dpo_betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    dpo_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    dpo_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     kl_weights: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     decay_weights: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)  # times the rate
     divergence_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
-    joint_weights: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)  # lambda
+    joint_weights: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # lambda
     joint_rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # of the best of `sft_rates`
     stop_every: int = 2  # updates between two looks at the loss to stop at
     num_heldout: int = 320  # demonstrations and pairs

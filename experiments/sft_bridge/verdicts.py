@@ -2,7 +2,7 @@
 
 Judged by differences between numbers of one seed, with a bootstrap interval over seeds.
 What each claim needs was written before it was run; sizes and grids were set by trials
-of a seed that is not reported.
+of seeds that are not reported.
 """
 
 from __future__ import annotations
