@@ -73,7 +73,7 @@ def _kept_sweep(path: pathlib.Path) -> dict:
     results = {
         "fields": names[:place],
         "metrics": [name for name in names[place + 1 :] if name != "seconds"],
-        "rows": rows,
+        "rows": _without_folders(rows),
     }
     seconds = sum(row["seconds"] for row in rows)
     return first | {"results": results, "seconds": seconds}
