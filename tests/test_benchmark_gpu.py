@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import measured_tables
 from pref_jax.models import published
-from scripts import benchmark_gpu, tables
+from scripts import benchmark_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 BASH = shutil.which("bash")
@@ -213,18 +214,18 @@ def record():
 
 
 def test_the_table_is_made_of_the_record():
-    assert tables.gpu_benchmark({}) == "not run\n"
+    assert measured_tables.gpu_benchmark({}) == "not run\n"
     line = record()
-    text = tables.gpu_benchmark({"benchmark_gpu": line})
+    text = measured_tables.gpu_benchmark({"benchmark_gpu": line})
     assert "| pref_jax | a | 2.00 [1.90, 2.25] | 20.5 | 24001 | 45.7 % | 34.0 |" in text
     assert "| TRL | b | 2.00 [1.90, 2.25] | 20.5 | 24001 | - | - |" in text
     assert "48 pairs a step on NVIDIA X, jax 0.10.2; TRL 1.16.0 with torch" in text
     line["variants"]["TRL"] = {"status": "not run", "reason": "no torch"}
-    text = tables.gpu_benchmark({"benchmark_gpu": line})
+    text = measured_tables.gpu_benchmark({"benchmark_gpu": line})
     assert "| TRL | not run: no torch | - | - | - | - | - |" in text
     assert "commit 0123456789ab." in text
     # The table of all cases is of another kind of record.
-    assert tables.benchmarks({"benchmark_gpu": line}) == "not run\n"
+    assert measured_tables.benchmarks({"benchmark_gpu": line}) == "not run\n"
 
 
 @pytest.mark.slow  # jax starts and compiles; with torch, TRL trains
@@ -263,4 +264,4 @@ def test_the_whole_path_runs_on_a_tiny_shape(tmp_path):
             "status": "not run",
             "reason": "no Python with torch was given",
         }
-    assert tables.gpu_benchmark({"benchmark_gpu": line}).count("\n") == 6
+    assert measured_tables.gpu_benchmark({"benchmark_gpu": line}).count("\n") == 6

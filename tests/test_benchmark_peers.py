@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+import measured_tables
 from peers import blocks, curves, environments, rounds
-from scripts import benchmark_peers, tables
+from scripts import benchmark_peers
 
 FAKE = """
 import dataclasses, sys
@@ -236,13 +237,13 @@ def test_a_contestant_is_compared_with_both_of_ours(record):
 
 
 def test_the_table_is_that_of_the_record(record):
-    table = tables.peers({"peers": record})
+    table = measured_tables.peers({"peers": record})
     (row,) = [line for line in table.splitlines() if line.startswith("| TRL, defaults")]
     cells = row.strip("| ").split(" | ")
     assert cells[1:5] == ["[3, 1024], 61 %", "4.00", "1.00", "3.0"]
     assert cells[5:7] == ["4.00 [4.00, 4.00]", "16.00 [16.00, 16.00]"]
     assert "within 0e+00 of log 2" in table and "commit abcdef012345." in table
-    assert tables.peers({}) == "not run\n"
+    assert measured_tables.peers({}) == "not run\n"
     assert "over ours: time 4.00 [4.00, 4.00]" in benchmark_peers.describe(record)
 
 

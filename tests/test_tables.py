@@ -1,18 +1,12 @@
 """scripts/tables.py: every figure of README and docs is that of the records."""
 
-import importlib.util
 import json
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def tables(pytestconfig):
-    path = pytestconfig.rootpath / "scripts/tables.py"
-    spec = importlib.util.spec_from_file_location("tables", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import experiment_tables
+import measured_tables
+import tables
 
 
 def quickstart_record(seed, right):
@@ -50,11 +44,11 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_tables_of_the_repository_are_up_to_date(tables):
+def test_tables_of_the_repository_are_up_to_date():
     assert tables.main(["--check"]) == 0
 
 
-def test_a_stale_table_fails_the_check_and_is_rewritten(tables, root, capsys):
+def test_a_stale_table_fails_the_check_and_is_rewritten(root, capsys):
     assert tables.main(["--check"], root) == 1
     assert "README.md" in capsys.readouterr().out
     assert tables.main([], root) == 0
@@ -62,7 +56,7 @@ def test_a_stale_table_fails_the_check_and_is_rewritten(tables, root, capsys):
     assert "not run" in (root / "README.md").read_text()
 
 
-def test_a_kept_run_stands_in_the_table_without_its_report(tables, root, tmp_path):
+def test_a_kept_run_stands_in_the_table_without_its_report(root, tmp_path):
     for seed, right in ((0, 0.2), (1, 0.05)):
         run = tmp_path / f"run{seed}"
         run.mkdir()
@@ -89,9 +83,7 @@ def sweep_of(folder, *statuses):
     (folder / "sweep.json").write_text(json.dumps(rows))
 
 
-def test_a_sweep_is_kept_as_one_record_and_averaged_over_its_seeds(
-    tables, root, tmp_path
-):
+def test_a_sweep_is_kept_as_one_record_and_averaged_over_its_seeds(root, tmp_path):
     (tmp_path / "runs").mkdir()
     sweep_of(tmp_path / "runs", *["finished"] * 4)
     tables.main(["--add", str(tmp_path / "runs"), "--name", "rates"], root)
@@ -99,59 +91,59 @@ def test_a_sweep_is_kept_as_one_record_and_averaged_over_its_seeds(
     assert kept["seconds"] == 240 and kept["config"] == {"model": "base"}
     assert kept["results"]["fields"] == ["sft.rate", "seed"]
     titles = {"results.loss": "loss", "results.accuracy": "accuracy"}
-    text = tables.sweep_means(kept, "seed", titles)
+    text = experiment_tables.sweep_means(kept, "seed", titles)
     assert "| rate | seeds | loss | accuracy |" in text
     assert "| 0 | 2 | 1.500 [1.000, 2.000] | 0.550 [0.500, 0.600] |" in text
     assert "| 1 | 2 | 3.500 [3.000, 4.000] |" in text
 
 
-def test_a_sweep_that_is_not_finished_is_refused(tables, root, tmp_path):
+def test_a_sweep_that_is_not_finished_is_refused(root, tmp_path):
     (tmp_path / "runs").mkdir()
     sweep_of(tmp_path / "runs", "finished", "failed")
     with pytest.raises(ValueError, match="1 of 2 runs are not finished"):
         tables.main(["--add", str(tmp_path / "runs"), "--name", "rates"], root)
 
 
-def test_an_unfinished_run_is_refused(tables, root, tmp_path):
+def test_an_unfinished_run_is_refused(root, tmp_path):
     with pytest.raises(ValueError, match="finish the run first"):
         tables.main(["--add", str(tmp_path), "--name", "x"], root)
 
 
-def test_an_unknown_table_is_named(tables):
+def test_an_unknown_table_is_named():
     page = "<!-- table: nonsense -->\n<!-- end of table -->"
     with pytest.raises(ValueError, match="page.md: table 'nonsense'"):
         tables.rewrite(page, {}, "page.md")
 
 
-def test_a_case_of_one_way_says_that_the_other_was_not_run(tables):
+def test_a_case_of_one_way_says_that_the_other_was_not_run():
     way = {"shape": "[8]", "tokens_rate": 12.4}
     record = {
         "name": "generate",
         "variants": {"ours": way},
         "environment": {"device": "1 x cpu"},
     }
-    table = tables.benchmarks({"benchmark_generate": record})
+    table = measured_tables.benchmarks({"benchmark_generate": record})
     assert "| generate | ours ([8]) | not run | - | - | 12 tokens/s | 1 x" in table
     record["variants"]["torch"] = {"shape": "[9]"}
     both = record | {"time_ratio": 3.456, "temp_bytes_ratio": None}
-    table = tables.benchmarks({"benchmark_generate": both})
+    table = measured_tables.benchmarks({"benchmark_generate": both})
     assert "| ours ([8]) | torch ([9]) | 3.46 | - | 12 tokens/s |" in table
 
 
-def test_the_table_of_data_sets_accounts_for_every_row(tables):
+def test_the_table_of_data_sets_accounts_for_every_row():
     source = {
         **{"source": "pairs/train", "responses": 2, "rows": 10, "used": 7},
         **{"left_out": {"longer than a row": 3}, "duplicates": 1, "fill": 0.914},
     }
     survey = {"row_length": 512, "sources": [source, source | {"left_out": {}}]}
-    lines = tables.data_sets({"data_sets": survey}).splitlines()
+    lines = measured_tables.data_sets({"data_sets": survey}).splitlines()
     assert lines[0].endswith("| repeated rows | rows of 512 filled |")
     assert lines[2] == "| pairs/train | 2 | 10 | 7 | longer than a row: 3 | 1 | 91 % |"
     assert lines[3] == "| pairs/train | 2 | 10 | 7 | - | 1 | 91 % |"
-    assert tables.data_sets({}) == "not run\n"
+    assert measured_tables.data_sets({}) == "not run\n"
 
 
-def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
+def test_mutants_are_counted_by_file_and_survivors_have_a_reason():
     place = {"file": "a.py", "function": "f", "line": "return x | y", "mutation": "m"}
     counts = {"mutants": 12, "caught": 9, "equivalent": 2, "gaps": 1}
     record = {
@@ -166,7 +158,7 @@ def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
         **{"stale": [place], "confirmed": 5, "seconds_per_mutant": 0.52},
         "environment": {"device": "1 x cpu", "commit": "abcdef0123456789"},
     }
-    lines = tables.mutants({"mutants": record}).splitlines()
+    lines = measured_tables.mutants({"mutants": record}).splitlines()
     assert lines[2:5] == [
         "| `a.py` | 12 | 9 | 2 | 1 | 90.0 % | abcdef012345 |",
         "| `b.py` | 0 | 0 | 0 | 0 | - |  |",
@@ -175,17 +167,18 @@ def test_mutants_are_counted_by_file_and_survivors_have_a_reason(tables):
     assert "0.5 s a mutant on 1 x cpu." in lines[6]
     assert "confirmed 5 that were drawn" in lines[6]
     assert lines[6].endswith("Equivalents that are no more: 1.")
-    lines = tables.surviving_mutants({"mutants": record}).splitlines()
+    lines = measured_tables.surviving_mutants({"mutants": record}).splitlines()
     assert lines[2:] == [
         r"| `a.py` | `f` | `return x \| y` | `x \| y -> x & y` | x or y is 0 |",
         r"| `a.py` | `f` | `return x \| y` | `x -> y` | **gap** |",
     ]
-    for table in (tables.mutants, tables.surviving_mutants):
+    for table in (measured_tables.mutants, measured_tables.surviving_mutants):
         assert table({}) == "not run\n"
-    assert tables.surviving_mutants({"mutants": record | {"survivors": []}}) == "none\n"
+    record["survivors"] = []
+    assert measured_tables.surviving_mutants({"mutants": record}) == "none\n"
 
 
-def test_programs_for_tpus_are_estimates_and_say_what_does_not_fit(tables):
+def test_programs_for_tpus_are_estimates_and_say_what_does_not_fit():
     program = {
         **{"name": "step", "fits": True, "memory": {"total": 10 * 2**30}},
         **{"flops": 4e15, "useful_flops": 3e15},
@@ -199,7 +192,7 @@ def test_programs_for_tpus_are_estimates_and_say_what_does_not_fit(tables):
         "chip": {"hbm_bytes": 15.75 * 2**30},
         "programs": [program, program | {"name": "loss", "fits": False}],
     }
-    lines = tables.tpu({"tpu_8b_v5e_4x4": record, "mutants": {}}).splitlines()
+    lines = measured_tables.tpu({"tpu_8b_v5e_4x4": record, "mutants": {}}).splitlines()
     assert lines[2] == (
         "| finetune 8b, step | v5e:4x4 (1 data x 16 fsdp x 1 tensor) | 10.0 of 15.8 | "
         "1.33 | 3 | 0.5 to 0.75 | 40 to 60 % | compute |"
@@ -207,7 +200,7 @@ def test_programs_for_tpus_are_estimates_and_say_what_does_not_fit(tables):
     assert "| finetune 8b, loss |" in lines[3]
     assert "10.0 of 15.8, **does not fit** |" in lines[3]
     assert lines[-1] == "Seconds and MFU: estimate, not run."
-    assert tables.tpu({"mutants": {}}) == "not run\n"
+    assert measured_tables.tpu({"mutants": {}}) == "not run\n"
 
 
 ENVIRONMENT = {
@@ -217,20 +210,20 @@ ENVIRONMENT = {
 }
 
 
-def test_growth_is_the_time_of_a_token_over_that_of_the_smallest_size(tables):
+def test_growth_is_the_time_of_a_token_over_that_of_the_smallest_size():
     def way(rate, temp_bytes):
         return {"shape": "[1, 8]", "real_tokens_rate": rate, "temp_bytes": temp_bytes}
 
     part = {"name": "layers", "variants": {"2": way(2e3, 5e6), "4": way(1e3, 9e6)}}
     records = {"benchmark_growth": {"parts": [part], "environment": ENVIRONMENT}}
-    text = tables.growth(records)
+    text = measured_tables.growth(records)
     assert "| layers | 2 | [1, 8] | 500 | 1.00 | 5 |" in text
     assert "| layers | 4 | [1, 8] | 1000 | 2.00 | 9 |" in text
     assert "On 1 x cpu, jax 0.10.2; commit abcdef012345." in text
-    assert tables.growth({}) == "not run\n"
+    assert measured_tables.growth({}) == "not run\n"
 
 
-def test_the_share_of_the_peak_stands_with_its_peak_and_formula(tables):
+def test_the_share_of_the_peak_stands_with_its_peak_and_formula():
     way = {"shape": "[1, 8]", "median_seconds": 2.0, "useful_flops": 3e11}
     record = {
         "variants": {"small": way | {"share_of_peak": 0.5}},
@@ -238,19 +231,19 @@ def test_the_share_of_the_peak_stands_with_its_peak_and_formula(tables):
         "formula": "passes * N",
         "environment": ENVIRONMENT,
     }
-    text = tables.share_of_peak({"benchmark_peak": record})
+    text = measured_tables.share_of_peak({"benchmark_peak": record})
     assert "| small | [1, 8] | 2.00 | 300 | 50 % |" in text
     assert "The peak is 300 Gflop/s. Useful flops: `passes * N`." in text
-    assert tables.share_of_peak({}) == "not run\n"
+    assert measured_tables.share_of_peak({}) == "not run\n"
 
 
-def test_of_a_step_the_parts_that_take_most_are_listed(tables):
+def test_of_a_step_the_parts_that_take_most_are_listed():
     parts = [
         {"part": f"part {i}", "kind": "products", "share": (20 - i) / 100}
         for i in range(9)
     ]
     record = {"variants": {"small": {"profile": parts}}, "environment": ENVIRONMENT}
-    text = tables.step_profile({"benchmark_peak": record})
+    text = measured_tables.step_profile({"benchmark_peak": record})
     assert "| small | part 0 | products | 20 % |" in text
     assert "part 5" in text and "part 6" not in text
-    assert tables.step_profile({}) == "not run\n"
+    assert measured_tables.step_profile({}) == "not run\n"

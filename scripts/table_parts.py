@@ -1,0 +1,25 @@
+"""What the tables of README and docs are put together from."""
+
+from __future__ import annotations
+
+
+def markdown(columns, rows) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def interval(values, digits: int = 3) -> str:
+    """A mean with its bounds."""
+    mean, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def where_run(record) -> str:
+    """A line on the device, the version of jax and the commit of a record."""
+    environment = record["environment"]
+    versions = environment["versions"]
+    return (
+        f"\nOn {environment['device']}, jax {versions['jax']}; commit "
+        f"{environment['commit'][:12]}.\n"
+    )
