@@ -151,6 +151,8 @@ MEASURES = {
 REPORTED = {**MEASURES, "at_move": "the same among states after as many moves"}
 """What signals are compared by; the last was added after the first results."""
 
+_ADDED = "of the controls, sureness was added after a first run"
+
 
 class ValuesMeasured:
     """Results of the jobs as arrays.
@@ -185,6 +187,7 @@ def _over_controls(measured: ValuesMeasured, measure: str) -> Verdict:
         "above its strongest control, the interval of the difference above zero",
         measured.of(measure, SFT) - measured.of(measure, rival),
         f"{MEASURES[measure]}, less that of: {rival}",
+        _ADDED,
     )
 
 
@@ -195,7 +198,7 @@ def _beyond(measured: ValuesMeasured) -> Verdict:
         measured.alone("beyond"),
         "Spearman's partial correlation with V*, given entropy, sureness and moves "
         "left",
-        "sureness was added to the controls after a first run",
+        _ADDED,
     )
 
 
