@@ -259,6 +259,30 @@ def bridge_arms(records) -> str:
     return markdown(columns, rows)
 
 
+def bridge_choices(records) -> str:
+    """What each arm has chosen on the tuning seed, and of what for DPO."""
+    found = _bridge(records, "stages")
+    if found is None:
+        return "not run\n"
+    rows = [
+        [
+            arm["arm"],
+            "-" if arm["setting"]["knob"] is None else f"{arm['setting']['knob']:g}",
+            *(f"{arm['setting'][key]:g}" for key in ("dpo_beta", "dpo_rate")),
+        ]
+        for arm in found["arms"]
+    ]
+    stages = records[BRIDGE_RECORD]["config"]["stages"]
+    betas, rates = (
+        ", ".join(f"{value:g}" for value in stages[grid])
+        for grid in ("dpo_betas", "dpo_rates")
+    )
+    columns = ["arm", "its own number", "DPO's beta", "DPO's learning rate"]
+    text = f"\nTried: beta {betas}; learning rates {rates}. An arm with a number of "
+    text += "its own tries four of those at one beta; joint training has other rates.\n"
+    return markdown(columns, rows) + text
+
+
 def bridge_values(records) -> str:
     """What each signal tells of a state, and what became of the claims."""
     found = _bridge(records, "values")

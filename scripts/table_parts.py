@@ -10,8 +10,8 @@ def markdown(columns, rows) -> str:
 
 
 def interval(values, digits: int = 3) -> str:
-    """A mean with its bounds."""
-    mean, low, high = (f"{value:.{digits}f}" for value in values)
+    """A mean with its bounds; what rounds to zero has no sign."""
+    mean, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in values)
     return f"{mean} [{low}, {high}]"
 
 

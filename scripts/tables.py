@@ -36,6 +36,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, dict]], str]] = {
     "sft-bridge-claims": experiment_tables.bridge_claims,
     "sft-bridge-headline": experiment_tables.bridge_headline,
     "sft-bridge-arms": experiment_tables.bridge_arms,
+    "sft-bridge-choices": experiment_tables.bridge_choices,
     "sft-bridge-values": experiment_tables.bridge_values,
     "sft-bridge-text": experiment_tables.bridge_text,
     "benchmarks": measured_tables.benchmarks,

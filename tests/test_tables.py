@@ -6,6 +6,7 @@ import pytest
 
 import experiment_tables
 import measured_tables
+import table_parts
 import tables
 
 
@@ -102,6 +103,51 @@ def test_a_sweep_that_is_not_finished_is_refused(root, tmp_path):
     sweep_of(tmp_path / "runs", "finished", "failed")
     with pytest.raises(ValueError, match="1 of 2 runs are not finished"):
         tables.main(["--add", str(tmp_path / "runs"), "--name", "rates"], root)
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert table_parts.interval([-1e-9, -0.25, 0.5], 2) == "0.00 [-0.25, 0.50]"
+
+
+def bridge():
+    """A record of the bridge without the part on V."""
+    arm = {
+        "arm": "decay",
+        "setting": {"knob": 10.0, "dpo_beta": 0.01, "dpo_rate": 4e-4},
+    }
+    plain = {"arm": "whole", "setting": arm["setting"] | {"knob": None}}
+    judged = {"verdict": "holds", "effect": [0.2, 0.1, 0.3], "unit": "reward"}
+    judged |= {"needed": "above zero", "note": ""}
+    return {
+        "results": {
+            "stages": {"rate": 6e-4, "arms": [plain, arm]},
+            "verdicts": [
+                judged | {"claim": "A smaller rate is better."},
+                judged | {"claim": "V of the SFT model knows."},
+            ],
+        },
+        "config": {
+            "stages": {"num_seeds": 5, "dpo_betas": [0.01, 0.1], "dpo_rates": [2e-4]}
+        },
+        "environment": {"commit": "abcdef0123456789", "device": "1 x cpu"},
+        "seconds": 600.0,
+    }
+
+
+def test_the_bridge_tells_verdicts_choices_and_what_was_not_run():
+    records = {"sft_bridge": bridge()}
+    claims = experiment_tables.bridge_claims(records)
+    assert "| A smaller rate is better. | **holds** | 0.200 [0.100, 0.300] |" in claims
+    assert "V of the SFT model" not in claims
+    assert "5 paired seeds; the whole rate is 0.0006" in claims
+    choices = experiment_tables.bridge_choices(records)
+    assert choices.splitlines()[2:4] == [
+        "| whole | - | 0.01 | 0.0004 |",
+        "| decay | 10 | 0.01 | 0.0004 |",
+    ]
+    assert "Tried: beta 0.01, 0.1; learning rates 0.0002." in choices
+    assert experiment_tables.bridge_values(records) == "not run\n"
+    assert experiment_tables.bridge_choices({}) == "not run\n"
 
 
 def test_an_unfinished_run_is_refused(root, tmp_path):
