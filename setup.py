@@ -34,6 +34,7 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.7",
         "numpy>=2.0",
+        "packaging",
         "scipy",
         "tyro",
         "jaxtyping",

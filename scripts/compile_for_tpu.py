@@ -1,6 +1,6 @@
 r"""Compile an experiment for TPUs that are not there: does it fit, how fast at best?
 
-    pip install libtpu
+    pip install 'jax[tpu]'
     python scripts/compile_for_tpu.py --experiment finetune --preset NAME \
         --topology v5p:4x4x4 --fsdp 16 --tensor 4 --write docs/records
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib import metadata
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from packaging.requirements import Requirement
 
 from pref_jax.train import logging as logging_lib
 from pref_jax.train import sharding
@@ -113,6 +115,28 @@ def find_chip(topology: str) -> Chip:
     return CHIPS[name]
 
 
+_INSTALL = "pip install 'jax[tpu]'"
+
+
+def _check_libtpu() -> None:
+    """That libtpu, where it is installed, is one that jax names as its own.
+
+    Others compile programs whose text jax cannot read back, and fail late.
+    """
+    try:
+        installed = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        return  # jax says so itself
+    for line in metadata.requires("jax") or ():
+        needed = Requirement(line)
+        if needed.name == "libtpu" and installed not in needed.specifier:
+            raise RuntimeError(
+                f"jax {jax.__version__} needs libtpu{needed.specifier} to compile for "
+                f"TPUs; libtpu {installed} is installed: {_INSTALL} takes the right "
+                f"one."
+            )
+
+
 def topology_mesh(
     topology: str,
     *,
@@ -136,11 +160,12 @@ def topology_mesh(
 
     Raises:
       ValueError: an unknown topology, or one whose chips the axes do not use.
-      RuntimeError: libtpu is missing.
+      RuntimeError: libtpu is missing, or is not the one that this jax needs.
     """
     from jax.experimental import topologies
 
     find_chip(topology)
+    _check_libtpu()
     # Without it the two cores of a v4 chip are two devices.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     if num_slices > 1:
@@ -152,8 +177,8 @@ def topology_mesh(
     except RuntimeError as error:  # that of jax for a wrong name is one, too
         if "not installed" in str(error) or "libtpu" in str(error):
             raise RuntimeError(
-                "compiling for TPUs needs the package libtpu: pip install libtpu, or "
-                f"install with the extra `tpu`. jax says: {error}"
+                f"compiling for TPUs needs the package libtpu: {_INSTALL}. jax says: "
+                f"{error}"
             ) from error
         raise ValueError(
             f"`topology` must be a shape that the compiler knows, such as v5p:4x4x4, "

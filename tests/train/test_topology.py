@@ -1,6 +1,7 @@
 """TPUs that are not there: what their chips can do, and meshes of them."""
 
 import os
+from importlib import metadata
 
 import jax
 import pytest
@@ -32,7 +33,15 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
         raise RuntimeError("JAX TPU support not installed; cannot generate topology.")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(RuntimeError, match="pip install libtpu.*not installed"):
+    with pytest.raises(RuntimeError, match=r"pip install 'jax\[tpu\]'.*not inst"):
+        topology.topology_mesh("v5e:2x2")
+
+
+@pytest.mark.parametrize("installed", ["0.0.1", "99.0"])
+def test_a_libtpu_of_another_jax_is_an_error(monkeypatch, installed):
+    monkeypatch.setattr(metadata, "version", lambda name: installed)
+    message = rf"needs libtpu==.* libtpu {installed} is installed: pip install 'jax\["
+    with pytest.raises(RuntimeError, match=message):
         topology.topology_mesh("v5e:2x2")
 
 
