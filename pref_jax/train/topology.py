@@ -160,7 +160,7 @@ def topology_mesh(
 
     Raises:
       ValueError: an unknown topology, or one whose chips the axes do not use.
-      RuntimeError: libtpu is missing, or is not the one that this jax needs.
+      RuntimeError: libtpu is missing, is not the one that this jax needs, or is in use.
     """
     from jax.experimental import topologies
 
@@ -175,6 +175,12 @@ def topology_mesh(
             platform="tpu", topology_name=topology, **options
         )
     except RuntimeError as error:  # that of jax for a wrong name is one, too
+        if "lockfile" in str(error):
+            raise RuntimeError(
+                "another process of this machine uses libtpu: wait until it has ended, "
+                "or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside it. jax says: "
+                f"{error}"
+            ) from error
         if "not installed" in str(error) or "libtpu" in str(error):
             raise RuntimeError(
                 f"compiling for TPUs needs the package libtpu: {_INSTALL}. jax says: "

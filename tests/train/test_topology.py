@@ -28,12 +28,19 @@ def test_an_unknown_generation_is_an_error():
         topology.topology_mesh("v9:2x2")
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
-    def missing(**options):
-        raise RuntimeError("JAX TPU support not installed; cannot generate topology.")
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("JAX TPU support not installed.", r"pip install 'jax\[tpu\]'.*not installed"),
+        ("accessing libtpu multi-process lockfile.", "another process .*lockfile"),
+    ],
+)
+def test_an_error_of_libtpu_says_what_to_do(monkeypatch, said, told):
+    def fails(**options):
+        raise RuntimeError(said)
 
-    monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(RuntimeError, match=r"pip install 'jax\[tpu\]'.*not inst"):
+    monkeypatch.setattr(topologies, "get_topology_desc", fails)
+    with pytest.raises(RuntimeError, match=told):
         topology.topology_mesh("v5e:2x2")
 
 
