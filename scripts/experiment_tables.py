@@ -16,11 +16,22 @@ def sweep_means(record, over: str, titles: Mapping[str, str]) -> str:
     """Metrics of a sweep, means over one of its fields.
 
     Args:
-      record: of `add_record`.
+      record: of `kept_records.make_record`.
       over: the field whose values are repetitions, such as a seed.
       titles: of the metrics that are shown; of an interval its mean is taken.
+
+    Raises:
+      ValueError: the sweep was run without one of them, or not over that field.
     """
     found = record["results"]
+    missing = [metric for metric in titles if metric not in found["metrics"]]
+    if missing or over not in found["fields"]:
+        raise ValueError(
+            f"this table needs a sweep over {over}, with --metrics {' '.join(titles)}; "
+            f"that of the record is over {', '.join(found['fields'])} and lacks "
+            f"{', '.join(missing) or 'no metric'}. `sweep.py --table` with all of them "
+            f"reads finished runs again."
+        )
     fields = [field for field in found["fields"] if field != over]
     groups: dict[tuple, list[dict]] = {}
     for row in found["rows"]:
@@ -260,26 +271,30 @@ def bridge_arms(records) -> str:
 
 
 def bridge_choices(records) -> str:
-    """What each arm has chosen on the tuning seed, and of what for DPO."""
+    """What each arm has chosen on the tuning seeds, and of what for DPO."""
     found = _bridge(records, "stages")
     if found is None:
         return "not run\n"
-    rows = [
-        [
-            arm["arm"],
-            "-" if arm["setting"]["knob"] is None else f"{arm['setting']['knob']:g}",
-            *(f"{arm['setting'][key]:g}" for key in ("dpo_beta", "dpo_rate")),
-        ]
-        for arm in found["arms"]
-    ]
+    told = "at_ends" in found["arms"][0]
+    rows = []
+    for arm in found["arms"]:
+        setting = arm["setting"]
+        knob = "-" if setting["knob"] is None else f"{setting['knob']:g}"
+        row = [arm["arm"], knob, *(f"{setting[k]:g}" for k in ("dpo_beta", "dpo_rate"))]
+        rows.append([*row, *([", ".join(arm["at_ends"])] if told else [])])
     stages = records[BRIDGE_RECORD]["config"]["stages"]
-    betas, rates = (
-        ", ".join(f"{value:g}" for value in stages[grid])
-        for grid in ("dpo_betas", "dpo_rates")
+
+    def listed(values):
+        return ", ".join(f"{value:g}" for value in values)
+
+    joint = [found["rate"] * fraction for fraction in stages["joint_rates"]]
+    text = (
+        f"\nTried: beta {listed(stages['dpo_betas'])}; learning rates "
+        f"{listed(stages['dpo_rates'])}, of joint training {listed(joint)}. An arm "
+        f"with a number of its own tries its values at one beta.\n"
     )
     columns = ["arm", "its own number", "DPO's beta", "DPO's learning rate"]
-    text = f"\nTried: beta {betas}; learning rates {rates}. An arm with a number of "
-    text += "its own tries four of those at one beta; joint training has other rates.\n"
+    columns += ["at an end of what it tried"] if told else []
     return markdown(columns, rows) + text
 
 

@@ -18,17 +18,21 @@ def read_records(root: pathlib.Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in files}
 
 
-def add_record(root: pathlib.Path, run: pathlib.Path, name: str) -> None:
-    """Keep the numbers of a finished run, or of a finished sweep.
+def make_record(run: pathlib.Path) -> dict:
+    """The numbers of a finished run, or of a finished sweep, to be kept.
 
     Raises:
       ValueError: the run is not finished, or its record lacks a part.
     """
     sweep = run / "sweep.json"
-    kept = _kept_sweep(sweep) if sweep.is_file() else _kept(run / "record.json")
+    return _kept_sweep(sweep) if sweep.is_file() else _kept(run / "record.json")
+
+
+def write_record(root: pathlib.Path, name: str, record: dict) -> None:
+    """Keep a record of `make_record`."""
     target = root / RECORDS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(kept, indent=1) + "\n")
+    target.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _kept(path: pathlib.Path) -> dict:
@@ -39,7 +43,26 @@ def _kept(path: pathlib.Path) -> dict:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it cannot be kept.")
     kept = {key: record[key] for key in _KEPT}
+    kept["environment"] = _one_commit(path, record)
     return kept | {"config": _without_folders(record["config"])}
+
+
+def _one_commit(path: pathlib.Path, record: dict) -> dict:
+    """The environment of a run, if all its starts had one commit."""
+    file = path.with_name("config.json")
+    started = json.loads(file.read_text()) if file.is_file() else {}
+    environments = [*started.get("environments", []), record["environment"]]
+    _check_one(str(path.parent), [e.get("commit") for e in environments])
+    return record["environment"]
+
+
+def _check_one(where: str, commits: list) -> None:
+    if len(set(commits)) > 1:
+        raise ValueError(
+            f"{where} was computed at several commits, "
+            f"{', '.join(sorted(map(str, set(commits))))}: what of it is whose cannot "
+            f"be told. Run it again at one."
+        )
 
 
 def _kept_sweep(path: pathlib.Path) -> dict:
@@ -48,16 +71,18 @@ def _kept_sweep(path: pathlib.Path) -> dict:
     left = sum(row["status"] != "finished" for row in rows)
     if left:
         raise ValueError(f"{path}: {left} of {len(rows)} runs are not finished.")
-    first = _kept(min(path.parent.glob("*/record.json")))
+    kept = [_kept(path.parent / row["run"] / "record.json") for row in rows]
+    _check_one(str(path.parent), [run["environment"].get("commit") for run in kept])
     names = list(rows[0])
     place = names.index("status")
+    metrics = [n for n in names[place + 1 :] if n not in ("run", "seconds")]
     results = {
         "fields": names[:place],
-        "metrics": [name for name in names[place + 1 :] if name != "seconds"],
+        "metrics": metrics,
         "rows": _without_folders(rows),
     }
     seconds = sum(row["seconds"] for row in rows)
-    return first | {"results": results, "seconds": seconds}
+    return kept[0] | {"results": results, "seconds": seconds}
 
 
 def _without_folders(values):

@@ -155,25 +155,31 @@ def status(run: Run) -> str:
     return WAITING if not (run.folder / "config.json").exists() else STOPPED
 
 
-def check_same(root: epath.Path, runs: Sequence[Run]) -> None:
-    """Refuse a folder whose runs of the same names were made by other commands.
+def _command_file(run: Run) -> epath.Path:
+    return run.folder.parent / f"{run.folder.name}.command"
+
+
+def check_same(runs: Sequence[Run]) -> None:
+    """Refuse folders whose runs were begun by other commands.
 
     Raises:
       ValueError: one was.
     """
-    path = root / "commands.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
     for run in runs:
-        # The interpreter may be another one.
-        command = list(run.command[1:])
-        if known.setdefault(run.folder.name, command) != command:
+        path = _command_file(run)
+        if status(run) == WAITING or not path.exists():
+            continue  # not begun, or not by a sweep on a disk
+        begun = path.read_text()
+        if begun != _arguments(run):
             raise ValueError(
-                f"{run.folder} is the run of another command: "
-                f"{shlex.join(known[run.folder.name])}. Give another --root."
+                f"{run.folder} is the run of another command: {begun}. Give another "
+                f"--root."
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=1))
-    temporary.replace(path)
+
+
+def _arguments(run: Run) -> str:
+    """All but the interpreter, which may be another one."""
+    return shlex.join(run.command[1:])
 
 
 class Runner:
@@ -203,6 +209,7 @@ class Runner:
                 if self._stopping:
                     return status(run)
                 print(f"{name}: started", flush=True)
+                _command_file(run).write_text(_arguments(run))
                 began = time.perf_counter()
                 process = subprocess.Popen(run.command, stdout=out, stderr=out)
                 self._running.append(process)
@@ -259,14 +266,14 @@ def written(value: object) -> str:
 
 
 def collect(runs: Sequence[Run], states: Sequence[str], metrics: Sequence[str]):
-    """A row for each run: its values, its status, its metrics.
+    """A row for each run: its values, its status, its folder, its metrics.
 
     Raises:
       ValueError: a finished run lacks a metric.
     """
     rows = []
     for run, state in zip(runs, states, strict=True):
-        row = {**run.values, "status": state}
+        row = {**run.values, "status": state, "run": run.folder.name}
         if state == FINISHED:
             record = json.loads((run.folder / RECORD).read_text())
             row["seconds"] = record.get("seconds")
@@ -278,7 +285,7 @@ def collect(runs: Sequence[Run], states: Sequence[str], metrics: Sequence[str]):
 
 def show(rows: Sequence[dict], metrics: Sequence[str], root: epath.Path) -> None:
     """Print the table, and keep it as Markdown and JSON."""
-    columns = list(rows[0])
+    columns = [column for column in rows[0] if column != "run"]
     columns += [c for c in ("seconds", *metrics) if c not in columns]
     cells = [[written(row.get(c, "-")) for c in columns] for row in rows]
     lines = [columns, ["---"] * len(columns), *cells]
@@ -314,6 +321,7 @@ def sweep(config: Config, arguments: Sequence[str]) -> int:
             print(shlex.join(run.command))
         return 0
     if config.table:
+        check_same(runs)
         show(collect(runs, [*map(status, runs)], config.metrics), config.metrics, root)
         return 0
     if "://" in config.root:
@@ -321,9 +329,8 @@ def sweep(config: Config, arguments: Sequence[str]) -> int:
             f"runs that lie in {config.root} are started elsewhere: --list prints "
             f"their commands, --table shows what became of them."
         )
+    check_same(runs)
     root.mkdir(parents=True, exist_ok=True)
-    if config.only is None:  # jobs of a cluster would write over each other
-        check_same(root, runs)
     runner = Runner()
     signal.signal(signal.SIGTERM, lambda *_: _raise_told())
     with concurrent.futures.ThreadPoolExecutor(config.num_parallel) as pool:

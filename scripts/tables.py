@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 
 import experiment_tables
 import measured_tables
-from kept_records import add_record, read_records
+from kept_records import make_record, read_records, write_record
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SLOT = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -81,20 +81,22 @@ def main(args=None, root: pathlib.Path = ROOT) -> int:
     options = parser.parse_args(args)
     if (options.add is None) != (options.name is None):
         parser.error("--add and --name belong together")
-    if options.add is not None:
-        add_record(root, options.add, options.name)
     records = read_records(root)
-    stale = []
-    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
-        text = page.read_text()
-        new = rewrite(text, records, page.name)
-        if new != text and options.check:
-            stale.append(page.name)
-        elif new != text:
-            page.write_text(new)
-    for name in stale:
-        print(f"{name}: a table is not that of docs/records; run scripts/tables.py")
-    return 1 if stale else 0
+    if options.add is not None:
+        records[options.name] = make_record(options.add)
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    # All of them before anything is written: a record may lack what a table shows.
+    new = {page: rewrite(page.read_text(), records, page.name) for page in pages}
+    changed = [page for page in pages if new[page] != page.read_text()]
+    if options.check:
+        for page in changed:
+            print(f"{page.name}: a table is not of docs/records; run scripts/tables.py")
+        return 1 if changed else 0
+    if options.add is not None:
+        write_record(root, options.name, records[options.name])
+    for page in changed:
+        page.write_text(new[page])
+    return 0
 
 
 if __name__ == "__main__":

@@ -137,7 +137,17 @@ def test_runs_of_another_command_are_not_taken_for_these(root):
     assert sweep.sweep(config(root, "rate=1"), ["--preset", "a"]) == 0
     with pytest.raises(ValueError, match="run of another command: .*--preset a"):
         sweep.sweep(config(root, "rate=1,2"), ["--preset", "b"])
-    assert set(calls(root)) == {"rate=1"}
+    for way in ({"only": 0}, {"table": True}):
+        with pytest.raises(ValueError, match="run of another command: .*--preset a"):
+            sweep.sweep(config(root, "rate=1,2", **way), ["--preset", "b"])
+    assert calls(root) == {"rate=1": ["called"]}
+    assert sweep.sweep(config(root, "rate=1,2"), ["--preset", "a"]) == 0
+
+
+def test_a_command_that_began_nothing_may_be_mended(root):
+    assert sweep.sweep(config(root, "rate=1"), ["--preste", "a"]) == 1
+    assert calls(root) == {}
+    assert sweep.sweep(config(root, "rate=1"), ["--preset", "a"]) == 0
 
 
 @pytest.mark.parametrize("argument", ["--root", "--name=x"])

@@ -79,6 +79,7 @@ def sweep_of(folder, *statuses):
         record = quickstart_record(i, 0.1) | {"config": {"model": "/a/b/base"}}
         (folder / name / "record.json").write_text(json.dumps(record))
         row = {"sft.rate": str(i // 2), "seed": str(i % 2), "status": status}
+        row["run"] = name
         metrics = {"results.loss": 1.0 + i, "results.accuracy": [0.5 + 0.1 * i, 0, 1]}
         rows.append(row | {"seconds": 60.0} | metrics)
     (folder / "sweep.json").write_text(json.dumps(rows))
@@ -98,6 +99,52 @@ def test_a_sweep_is_kept_as_one_record_and_averaged_over_its_seeds(root, tmp_pat
     assert "| 1 | 2 | 3.500 [3.000, 4.000] |" in text
 
 
+def test_a_sweep_without_what_its_table_shows_is_refused_and_nothing_changes(
+    root, tmp_path
+):
+    (tmp_path / "runs").mkdir()
+    sweep_of(tmp_path / "runs", *["finished"] * 4)
+    page = root / "README.md"
+    page.write_text("<!-- table: sft-bridge-text -->\n<!-- end of table -->\n")
+    with pytest.raises(
+        ValueError, match=r"over seed, with --metrics results\.SFT\.loss"
+    ):
+        tables.main(
+            ["--add", str(tmp_path / "runs"), "--name", "sft_bridge_text"], root
+        )
+    assert list((root / "docs/records").iterdir()) == []
+    assert tables.main([], root) == 0 and "not run" in page.read_text()
+
+
+def change_commit(path, commit="f" * 16):
+    record = json.loads(path.read_text())
+    record["environment"]["commit"] = commit
+    path.write_text(json.dumps(record))
+
+
+def test_runs_of_several_commits_are_no_record(root, tmp_path):
+    (tmp_path / "runs").mkdir()
+    sweep_of(tmp_path / "runs", *["finished"] * 4)
+    stray = tmp_path / "runs" / "a=1"  # of an earlier grid, in no row
+    stray.mkdir()
+    first = tmp_path / "runs" / "rate=0,seed=0"
+    (stray / "record.json").write_text((first / "record.json").read_text())
+    change_commit(stray / "record.json")
+    add = ["--add", str(tmp_path / "runs"), "--name", "rates"]
+    assert tables.main(add, root) == 0
+    (first / "config.json").write_text(
+        json.dumps({"environments": [{"commit": "0" * 16}]})
+    )
+    with pytest.raises(
+        ValueError, match="seed=0 was computed at several commits, 0000"
+    ):
+        tables.main(add, root)
+    (first / "config.json").unlink()
+    change_commit(tmp_path / "runs" / "rate=1,seed=1" / "record.json")
+    with pytest.raises(ValueError, match="runs was computed at several commits, abcd"):
+        tables.main(add, root)
+
+
 def test_a_sweep_that_is_not_finished_is_refused(root, tmp_path):
     (tmp_path / "runs").mkdir()
     sweep_of(tmp_path / "runs", "finished", "failed")
@@ -113,9 +160,10 @@ def bridge():
     """A record of the bridge without the part on V."""
     arm = {
         "arm": "decay",
+        "at_ends": ["lowest beta"],
         "setting": {"knob": 10.0, "dpo_beta": 0.01, "dpo_rate": 4e-4},
     }
-    plain = {"arm": "whole", "setting": arm["setting"] | {"knob": None}}
+    plain = {"arm": "whole", "setting": arm["setting"] | {"knob": None}, "at_ends": []}
     judged = {"verdict": "holds", "effect": [0.2, 0.1, 0.3], "unit": "reward"}
     judged |= {"needed": "above zero", "note": ""}
     return {
@@ -127,7 +175,10 @@ def bridge():
             ],
         },
         "config": {
-            "stages": {"num_seeds": 5, "dpo_betas": [0.01, 0.1], "dpo_rates": [2e-4]}
+            "stages": {
+                **{"num_seeds": 5, "dpo_betas": [0.01, 0.1], "dpo_rates": [2e-4]},
+                "joint_rates": [0.5],
+            }
         },
         "environment": {"commit": "abcdef0123456789", "device": "1 x cpu"},
         "seconds": 600.0,
@@ -142,10 +193,11 @@ def test_the_bridge_tells_verdicts_choices_and_what_was_not_run():
     assert "5 paired seeds; the whole rate is 0.0006" in claims
     choices = experiment_tables.bridge_choices(records)
     assert choices.splitlines()[2:4] == [
-        "| whole | - | 0.01 | 0.0004 |",
-        "| decay | 10 | 0.01 | 0.0004 |",
+        "| whole | - | 0.01 | 0.0004 |  |",
+        "| decay | 10 | 0.01 | 0.0004 | lowest beta |",
     ]
-    assert "Tried: beta 0.01, 0.1; learning rates 0.0002." in choices
+    tried = "Tried: beta 0.01, 0.1; learning rates 0.0002, of joint training 0.0003."
+    assert tried in choices
     assert experiment_tables.bridge_values(records) == "not run\n"
     assert experiment_tables.bridge_choices({}) == "not run\n"
 

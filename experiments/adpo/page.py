@@ -12,7 +12,12 @@ from experiments.adpo.distillation import SIMULATED
 from experiments.adpo.suite import MEDIUM, REFERENCE, BanditConfig
 from experiments.adpo.verdicts import DYNAMIC, Measured
 from experiments.worlds import bandits
-from experiments.worlds.claims import Verdict, verdict_cards, verdict_table
+from experiments.worlds.claims import (
+    BOOTSTRAPPED,
+    Verdict,
+    verdict_cards,
+    verdict_table,
+)
 from experiments.worlds.sections import estimate, series
 from pref_jax import report
 from pref_jax.evals.preference import Interval
@@ -462,7 +467,7 @@ def make_report(
         summary=" ".join(summary),
         cards=(*verdict_cards(verdicts), *cards),
         sections=(
-            verdict_table(verdicts),
+            verdict_table(verdicts, BOOTSTRAPPED),
             *sections,
             report.Config("Config", config),
         ),

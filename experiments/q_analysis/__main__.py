@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 import time
@@ -105,6 +106,27 @@ def _load(path: str, tokenizer, config: Config, mesh) -> _Loaded:
     return _Loaded(name, make_decoder(model_config), params)
 
 
+def _with_room(config: Config, policy: _Loaded, groups) -> tuple[list, list[str]]:
+    """Groups whose prompts leave room for a sampled response, and what was left out.
+
+    Raises:
+      ValueError: none does.
+    """
+    most = policy.model.max_positions
+    if most is None:
+        return groups, []
+    room = most - config.max_new_tokens
+    kept = [group for group in groups if len(group.prompt) <= room]
+    told = (
+        f"of {len(groups)} prompts {len(groups) - len(kept)} were left out: with "
+        f"{config.max_new_tokens} new tokens (--max-new-tokens) they are longer than "
+        f"the model's {most} positions"
+    )
+    if not kept:
+        raise ValueError(f"{told}. Use shorter prompts, or fewer new tokens.")
+    return kept, [f"{told}."] if len(kept) < len(groups) else []
+
+
 def _sampled(config: Config, policy: _Loaded, encoder, groups, records, mesh):
     """Groups of sampled responses to the same prompts, graded if there is a grade."""
     settings = SamplingConfig(
@@ -187,6 +209,8 @@ def read_all(config: Config) -> tuple[list[Read], list[str], list[str], object]:
     kind, labelled = GIVEN, True
     if config.num_samples:
         kind, labelled = SAMPLED, config.grade is not None
+        groups, left_out = _with_room(config, policy, groups)
+        notes += left_out
         groups = _sampled(config, policy, encoder, groups, by_record, mesh)
     groups, others = _most_common_size(groups)
     if others:
@@ -297,8 +321,28 @@ def write_tokens(path, reads, tokenizer, names) -> None:
     pa.parquet.write_table(pa.table(columns), path)
 
 
+def _check_out(config: Config) -> None:
+    """Refuse a folder that holds the page of another config: it would be lost."""
+    path = pathlib.Path(config.out) / run_lib.RECORD_FILE
+    if not path.exists():
+        return
+    old = json.loads(path.read_text()).get("config", {})
+    new = run_lib.as_read_back(dataclasses.asdict(config))
+    changed = run_lib.differences({**old, "out": config.out}, new)
+    if changed:
+        raise ValueError(
+            f"{config.out} holds a page of another config ({changed}); give another "
+            f"--out, or remove it."
+        )
+
+
 def run(config: Config) -> pathlib.Path:
-    """Read, find, and write; returns the page's path."""
+    """Read, find, and write; returns the page's path.
+
+    Raises:
+      ValueError: as `read_all`, or `out` holds the page of another config.
+    """
+    _check_out(config)
     began = time.perf_counter()
     reads, names, notes, tokenizer = read_all(config)
     signals, drops = findings.find_signals(reads), findings.find_drops(reads)
@@ -341,7 +385,7 @@ def main() -> None:
     configure_logging()
     try:
         path = run(tyro.cli(Config, description=q_analysis.__doc__))
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"report: {path}\n        {path.resolve().as_uri()}")
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 
 from experiments import sft_bridge
+from experiments.sft_bridge import arms as arms_lib
 from experiments.sft_bridge import page, stages, values, verdicts
 from experiments.sft_bridge.config import PRESETS, Config
 from experiments.sft_bridge.verdicts import StagesMeasured, ValuesMeasured
+from experiments.worlds.claims import t_interval
 from experiments.worlds.command import run_command, where_is
 from experiments.worlds.jobs import Job
 from experiments.worlds.suite import run_suite
-from pref_jax.evals.preference import bootstrap_interval
 
 
 def _values_summary(results) -> dict:
@@ -21,14 +22,14 @@ def _values_summary(results) -> dict:
         "signals": [
             {"signal": name}
             | {
-                measure: bootstrap_interval(measured.of(measure, name))
+                measure: t_interval(measured.of(measure, name))
                 for measure in verdicts.REPORTED
             }
             for name in values.SIGNALS
         ],
         **{
-            name: bootstrap_interval(measured.alone(name))
-            for name in ("won", "won_by_best", "beyond")
+            name: t_interval(measured.alone(name))
+            for name in ("won", "won_by_best", "too_short", "beyond")
         },
     }
 
@@ -36,25 +37,34 @@ def _values_summary(results) -> dict:
 def _stages_summary(measured: StagesMeasured) -> dict:
     return {
         "rate": measured.rate,
+        "reduced": measured.reduced.name,
         "headline": page.headline(measured),
         "arms": [
             {
                 "arm": name,
                 "setting": dataclasses.asdict(measured.setting(name)),
-                "sft_loss": bootstrap_interval(measured.alone(name, "sft_loss")),
-                "sft_updates": bootstrap_interval(measured.alone(name, "sft_updates")),
-                "sft_accuracy": bootstrap_interval(
-                    measured.alone(name, "sft_accuracy")
-                ),
+                "at_ends": measured.at_ends(name),
+                "tuning": {
+                    "settings": [
+                        dataclasses.asdict(setting)
+                        for setting in arms_lib.settings_of(
+                            arm, measured.config, measured.results
+                        )
+                    ],
+                    "rewards": measured.tuning(name, "rewards").tolist(),
+                },
+                "sft_loss": t_interval(measured.alone(name, "sft_loss")),
+                "sft_updates": t_interval(measured.alone(name, "sft_updates")),
+                "sft_accuracy": t_interval(measured.alone(name, "sft_accuracy")),
                 **{
                     part: {
-                        measure: bootstrap_interval(measured.of(name, part, measure))
+                        measure: t_interval(measured.of(name, part, measure))
                         for measure in page.STAGE_MEASURES
                     }
                     for part in ("sft", "dpo")
                 },
             }
-            for name in measured.arms
+            for name, arm in measured.arms.items()
         ],
     }
 

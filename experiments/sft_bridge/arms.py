@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from experiments.worlds import instructions
 from experiments.worlds.models import DecoderSizes
 from pref_jax.train.stage import StageConfig
 
-TUNING_SEED = 10_000
+TUNING_SEED = 10_000  # the first of them
+RATES = "rates"  # the job that finds the whole rate
 PLAIN, RATE, KL, DECAY = "plain", "rate", "KL", "decay"
 NO_SFT, JOINT = "no SFT", "joint"
 DIVERGENCES = ("chi-squared", "hellinger", "jensen-shannon")
@@ -42,21 +43,22 @@ class StagesConfig:
     dpo_steps: int = 125  # one epoch
     warmup: float = 0.1  # share of a stage
     sft_rates: tuple[float, ...] = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
-    fractions: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)  # of the best of them
-    dpo_betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    dpo_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
-    kl_weights: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    decay_weights: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0)  # times the rate
-    divergence_betas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
-    joint_weights: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # lambda
-    joint_rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # of the best of `sft_rates`
+    fractions: tuple[float, ...] = (0.5, 0.25, 0.1)  # of the best of them
+    dpo_betas: tuple[float, ...] = (0.01, 0.03, 0.1)
+    dpo_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
+    kl_weights: tuple[float, ...] = (0.1, 0.3, 1.0)
+    decay_weights: tuple[float, ...] = (10.0, 30.0, 100.0)  # times the rate
+    divergence_betas: tuple[float, ...] = (0.03, 0.1, 0.3)
+    joint_weights: tuple[float, ...] = (0.3, 1.0, 3.0)  # lambda
+    joint_rates: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)  # of the best of them
     stop_every: int = 2  # updates between two looks at the loss to stop at
     num_heldout: int = 320  # demonstrations and pairs
     num_eval_prompts: int = 300
     num_tuning_prompts: int = 200
     eval_samples: int = 4
     max_new_tokens: int = 32
-    num_seeds: int = 5
+    num_tuning_seeds: int = 2  # that settings are chosen on
+    num_seeds: int = 5  # that are reported
 
     @property
     def joint_steps(self) -> int:
@@ -64,9 +66,13 @@ class StagesConfig:
         return self.sft_steps + self.dpo_steps
 
     def __post_init__(self):
-        if not 1 <= self.num_seeds < TUNING_SEED:
+        if not 2 <= self.num_seeds < TUNING_SEED:
             raise ValueError(
-                f"`num_seeds` must lie in [1, {TUNING_SEED}); got {self.num_seeds}."
+                f"`num_seeds` must lie in [2, {TUNING_SEED}); got {self.num_seeds}."
+            )
+        if self.num_tuning_seeds < 1:
+            raise ValueError(
+                f"`num_tuning_seeds` must be 1 or more; got {self.num_tuning_seeds}."
             )
         rates = ("wrong_rate", "sloppy_rate", "wordy_rate")
         same = {name: getattr(self.world, name) for name in rates}
@@ -107,8 +113,9 @@ class Arm:
 
     Attributes:
       name: in tables.
-      kind: `PLAIN`, `RATE`, `KL`, `DECAY`, `NO_SFT`, `JOINT` or one of `DIVERGENCES`.
-      fraction: of the whole learning rate; of `RATE` it is the knob.
+      kind: `PLAIN`, `RATE`, `KL`, `DECAY`, `NO_SFT`, `JOINT` or one of `DIVERGENCES`;
+        `RATE` is plain at a fraction of the whole learning rate.
+      fraction: of the whole learning rate.
       knobs: values of its own number; None alone: it has none.
       stops: whether SFT ends at the validation loss of the reduced rate.
     """
@@ -130,7 +137,7 @@ class Setting:
 
 
 WHOLE = Arm("whole rate")
-REDUCED = "reduced rate"
+REDUCED = "reduced rate"  # that of the arms of `RATE` which does best
 EARLY = Arm("early stop", stops=True)
 
 
@@ -138,8 +145,7 @@ def make_arms(config: StagesConfig) -> list[Arm]:
     """All arms; those that others need come first."""
     return [
         WHOLE,
-        *(Arm(f"{x:g} of the rate", fraction=x) for x in config.fractions),
-        Arm(REDUCED, RATE, knobs=config.fractions),
+        *(Arm(f"{x:g} of the rate", RATE, x) for x in config.fractions),
         EARLY,
         Arm("explicit KL", KL, knobs=config.kl_weights),
         Arm("decay to the base", DECAY, knobs=config.decay_weights),
@@ -154,6 +160,9 @@ def settings_of(
 ) -> list[Setting]:
     """The settings that an arm chooses among; those of one knob together.
 
+    An arm with a number of its own, a fraction of the rate among them, has the beta of
+    DPO that the whole rate has chosen.
+
     Args:
       arm: what is trained.
       config: the values.
@@ -161,7 +170,7 @@ def settings_of(
         its own.
     """
     betas, rates = config.dpo_betas, config.dpo_rates
-    if arm.knobs != (None,):
+    if arm.kind not in (PLAIN, NO_SFT):
         betas = (chosen_setting(results, WHOLE, config).dpo_beta,)
     if arm.kind == JOINT:
         best = best_rate(results, config)
@@ -179,13 +188,47 @@ def seeds_of(config: StagesConfig) -> range:
     return range(1, config.num_seeds + 1)
 
 
+def tuning_seeds(config: StagesConfig) -> range:
+    """The seeds that settings are chosen on."""
+    return range(TUNING_SEED, TUNING_SEED + config.num_tuning_seeds)
+
+
+def tuned(results, job: str, key: str, config: StagesConfig) -> np.ndarray:
+    """What a tuning job has found: f64[tuning seeds, ...]."""
+    numbers = tuning_seeds(config)
+    return np.array([results[f"stages/tune{n}/{job}"][key] for n in numbers], float)
+
+
 def best_rate(results: Mapping[str, dict], config: StagesConfig) -> float:
-    """The learning rate whose SFT has the lowest validation loss."""
-    losses = np.array(results["stages/rates"]["losses"], float)
+    """The learning rate whose SFT has the lowest validation loss, over tuning seeds."""
+    losses = tuned(results, RATES, "losses", config).mean(axis=0)
     return config.sft_rates[int(np.nanargmin(losses))]
 
 
 def chosen_setting(results, arm: Arm, config: StagesConfig) -> Setting:
-    """The setting with the highest reward on the tuning seed."""
-    rewards = results[f"stages/tune/{arm.name}"]["rewards"]
+    """The setting with the highest reward, a mean over the tuning seeds."""
+    rewards = tuned(results, arm.name, "rewards", config).mean(axis=0)
     return settings_of(arm, config, results)[int(np.argmax(rewards))]
+
+
+def reduced_arm(results, config: StagesConfig) -> Arm:
+    """The fraction of the whole rate that is best with its best setting."""
+    return max(
+        (arm for arm in make_arms(config) if arm.kind == RATE),
+        key=lambda arm: tuned(results, arm.name, "rewards", config).mean(axis=0).max(),
+    )
+
+
+def at_ends(chosen: Setting, tried: Sequence[Setting]) -> list[str]:
+    """Which numbers of a chosen setting are the lowest or highest that were tried."""
+    found = []
+    for label, key in (
+        ("its own number", "knob"),
+        ("beta", "dpo_beta"),
+        ("learning rate", "dpo_rate"),
+    ):
+        grid = {getattr(setting, key) for setting in tried}
+        for end, which in ((min, "lowest"), (max, "highest")):
+            if len(grid) > 1 and getattr(chosen, key) == end(grid):
+                found.append(f"{which} {label}")
+    return found

@@ -60,6 +60,7 @@ SMOKE = Config(
         num_tuning_prompts=16,
         eval_samples=2,
         max_new_tokens=12,
+        num_tuning_seeds=1,
         num_seeds=2,
     ),
     values=ValuesConfig(

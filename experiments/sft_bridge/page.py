@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.sft_bridge.arms import DIVERGENCES, REDUCED, WHOLE, settings_of
+from experiments.sft_bridge.arms import DIVERGENCES, REDUCED, WHOLE, tuning_seeds
 from experiments.sft_bridge.config import Config
 from experiments.sft_bridge.trainer import SlopeWatch
 from experiments.sft_bridge.values import CONTROLS, SIGNALS
@@ -15,10 +16,18 @@ from experiments.sft_bridge.verdicts import (
     StagesMeasured,
     ValuesMeasured,
 )
-from experiments.worlds.claims import Verdict, verdict_cards, verdict_table
-from experiments.worlds.sections import estimate, series
+from experiments.worlds import sections as sections_lib
+from experiments.worlds.claims import (
+    STUDENT,
+    Verdict,
+    t_interval,
+    verdict_cards,
+    verdict_table,
+)
 from pref_jax import report
-from pref_jax.evals.preference import bootstrap_interval
+
+estimate = functools.partial(sections_lib.estimate, interval=t_interval)
+series = functools.partial(sections_lib.series, interval=t_interval)
 
 STAGE_MEASURES = {
     "reward": "true reward",
@@ -49,8 +58,8 @@ def headline(measured: StagesMeasured) -> list[dict]:
         return {
             "what": what,
             "paper": paper,
-            "relative": bootstrap_interval(measured.gains(name, whole) / mean),
-            "points": bootstrap_interval(measured.gains(name, whole, "wins")),
+            "relative": t_interval(measured.gains(name, whole) / mean),
+            "points": t_interval(measured.gains(name, whole, "wins")),
         }
 
     return [
@@ -124,7 +133,8 @@ def _arms(measured: StagesMeasured) -> report.Table:
         note="Means with 95 % intervals over seeds, at temperature 1. Preference "
         "accuracy is of log(pi / pi_0), the implicit reward of SFT, on held-out pairs; "
         "the base against itself is undecided, which counts as a half. Without SFT, "
-        "and with both losses at once, what is called SFT here is the base.",
+        f"and with both losses at once, what is called SFT here is the base. The "
+        f"reduced rate is {measured.reduced.name}.",
     )
 
 
@@ -151,23 +161,14 @@ def _behaviour(measured: StagesMeasured) -> report.Table:
 
 def _choices(measured: StagesMeasured) -> report.Table:
     rows = []
-    for name, arm in measured.arms.items():
+    for name in measured.arms:
         setting = measured.setting(name)
-        tried = settings_of(arm, measured.config, measured.results)
-        rewards = np.array(measured.tuning(name)["rewards"], float)
-        ends = [
-            label
-            for label, value, grid in (
-                ("its own", setting.knob, [s.knob for s in tried]),
-                ("beta", setting.dpo_beta, [s.dpo_beta for s in tried]),
-                ("rate", setting.dpo_rate, [s.dpo_rate for s in tried]),
-            )
-            if len(set(grid)) > 1 and value in (min(grid), max(grid))
-        ]
+        rewards = measured.tuning(name, "rewards").mean(axis=0)
         rows.append(
             (
                 *(name, setting.knob, setting.dpo_beta, f"{setting.dpo_rate:g}"),
-                *(len(rewards), rewards.min(), rewards.max(), ", ".join(ends)),
+                *(len(rewards), rewards.min(), rewards.max()),
+                ", ".join(measured.at_ends(name)),
             )
         )
     return report.Table(
@@ -183,9 +184,10 @@ def _choices(measured: StagesMeasured) -> report.Table:
             report.Column("at an end of its grid"),
         ),
         rows=tuple(rows),
-        note=f"By the reward on validation prompts of one seed that is not reported. "
-        f"The whole rate of SFT is {measured.rate:g}, whose validation loss was the "
-        f"lowest of {', '.join(f'{x:g}' for x in measured.config.sft_rates)}.",
+        note=f"By the reward on validation prompts, a mean over "
+        f"{measured.config.num_tuning_seeds} seeds that are not reported. The whole "
+        f"rate of SFT is {measured.rate:g}, whose validation loss was the lowest of "
+        f"{', '.join(f'{x:g}' for x in measured.config.sft_rates)}.",
     )
 
 
@@ -233,12 +235,12 @@ def _divergences(measured: StagesMeasured) -> report.Curves:
     betas = measured.config.divergence_betas
 
     def panel(label, key):
-        plain = measured.tuning(WHOLE.name)[key]
+        (plain,) = measured.tuning(WHOLE.name, key).mean(axis=0)
         lines = [
-            report.Series(name, betas, tuple(measured.tuning(name)[key]))
+            report.Series(name, betas, tuple(measured.tuning(name, key).mean(axis=0)))
             for name in DIVERGENCES
         ]
-        lines.append(report.Series("plain SFT", betas, tuple(plain) * len(betas)))
+        lines.append(report.Series("plain SFT", betas, (plain,) * len(betas)))
         return report.Panel(label, "beta", label, tuple(lines), log_x=True)
 
     return report.Curves(
@@ -247,12 +249,13 @@ def _divergences(measured: StagesMeasured) -> report.Curves:
             panel("KL to the base, nats / token", "sft_kl"),
             panel("validation loss", "sft_loss"),
         ),
-        note="Of the one seed that settings are chosen on: no intervals.",
+        note="Means over the seeds that settings are chosen on: no intervals.",
     )
 
 
 def _slopes(measured: StagesMeasured) -> report.Curves:
     betas, median = measured.config.divergence_betas, SlopeWatch.LEVELS.index(0.5)
+    first = tuning_seeds(measured.config)[0]
     low, high = 0, len(SlopeWatch.LEVELS) - 1
 
     def line(name, beta, seen):
@@ -273,14 +276,17 @@ def _slopes(measured: StagesMeasured) -> report.Curves:
                 tuple(
                     line(name, beta, seen)
                     for beta, seen in zip(
-                        betas, measured.tuning(name)["slopes"], strict=True
+                        betas,
+                        measured.results[f"stages/tune{first}/{name}"]["slopes"],
+                        strict=True,
                     )
                 ),
             )
             for name in DIVERGENCES
         ),
-        note="On held-out demonstrations of the seed that settings are chosen on: the "
-        "median of the tokens, and the band of 5 to 95 %. Plain SFT has 1 throughout.",
+        note="On held-out demonstrations of the first of the seeds that settings are "
+        "chosen on: the median of the tokens, and the band of 5 to 95 %. Plain SFT has "
+        "1 throughout.",
     )
 
 
@@ -299,7 +305,7 @@ def _own_pairs(measured: StagesMeasured) -> report.Table:
                 name,
                 estimate(measured.of(name, "own")),
                 estimate(measured.of(name, "dpo")),
-                estimate(measured.alone(name, "own_pairs")),
+                estimate(measured.alone(f"again/{name}", "own_pairs")),
             )
             for name in names
         ),
@@ -402,7 +408,7 @@ def make_report(
         "paper's abstract was read: the tests are ours, and so are all sizes.",
         cards=verdict_cards(verdicts),
         sections=(
-            verdict_table(verdicts),
+            verdict_table(verdicts, STUDENT),
             *sections,
             report.Config("Config", config),
         ),

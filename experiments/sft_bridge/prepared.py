@@ -47,7 +47,7 @@ def judged_pairs(world, prompts, num: int, temperature: float, seed: int) -> lis
     if len(found) < num:
         raise ValueError(
             f"{len(prompts)} prompts gave {len(found)} pairs of unequal rewards, and "
-            f"{num} are asked for; give more prompts."
+            f"{num} are asked for; give fewer pairs, or annotators who differ more."
         )
     return found[:num]
 
@@ -86,13 +86,17 @@ class Prepared:
 def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
     """Data and base model of a seed; goes on with what the folder holds."""
     world, mesh = config.world, sharding.make_mesh()
+    num_pairs = config.num_pairs + config.num_heldout
     task = world_task(
         world,
         seed=seed,
         num_documents=config.num_documents,
         num_demonstrations=config.num_crowd,
-        num_pair_prompts=2 * config.num_pairs,
+        num_pair_prompts=2 * num_pairs,
         num_eval_prompts=config.num_eval_prompts,
+    )
+    rows = judged_pairs(
+        world, task.pair_prompts[0], num_pairs, config.label_temperature, seed
     )
     encoder = task.encoder
     model, params = make_model(
@@ -125,13 +129,6 @@ def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
             config.expert, shown + config.num_heldout, seed=seed + 1
         )
     )
-    rows = judged_pairs(
-        world,
-        task.pair_prompts[0],
-        config.num_pairs + config.num_heldout,
-        config.label_temperature,
-        seed,
-    )
     judged = encode(rows)
 
     def with_base(name, groups):
@@ -148,7 +145,9 @@ def prepare(config: StagesConfig, folder, guard, seed: int) -> Prepared:
         pairs=judged[: config.num_pairs],
         heldout_pairs=with_base("held_out_pairs", judged[config.num_pairs :]),
         pair_prompts=[row["prompt"] for row in rows[: config.num_pairs]],
-        validation=task.pair_prompts[1][: config.num_tuning_prompts],
+        validation=instructions.prompts(
+            world, "validation", config.num_tuning_prompts, seed
+        ),
         test=task.eval_prompts,
         expert_rewards=np.array([task.grade(*pair)["reward"] for pair in graded]),
     )

@@ -7,9 +7,8 @@ Every arm goes from the base through SFT to DPO against its own SFT model, on th
 demonstrations and pairs in the same order. What it is worth is the true reward of its
 answers, at temperature 1, to prompts that no stage has seen.
 
-    rates           plain SFT at 1, 1/2, 1/4, 1/10 and 1/20 of the rate whose
-                    validation loss is the lowest: a curve
-    reduced rate    plain SFT that chooses among these fractions of the rate
+    rates           plain SFT at 1, 1/2, 1/4 and 1/10 of the rate whose validation loss
+                    is the lowest: a curve, whose best fraction is the reduced rate
     early stop      at the whole rate, stopped at the validation loss of the reduced
                     rate: the same fit, another way there
     KL, decay       at the whole rate, held at the base by beta KL(pi || pi_0) on the
@@ -19,11 +18,13 @@ answers, at temperature 1, to prompts that no stage has seen.
     joint           SFT + lambda DPO / beta on both data sets at once, with the updates
                     of both stages together and at least their examples
 
-Each arm chooses among twelve settings by validation prompts of one seed that is not
-reported: of an arm with a number of its own (a fraction, a beta, a weight, a lambda)
-four of it by three learning rates of DPO, at the beta of DPO that the whole rate has
-chosen; of the others four betas by three rates. The joint arm's rates are a half, one
-and two times the whole rate of SFT, since it has one stage.
+Each arm chooses among twelve settings, by the mean over validation prompts of seeds
+that are not reported: of an arm with a number of its own (a fraction, which all reduced
+rates choose together, a beta, a weight, a lambda) three of it by four learning rates of
+DPO, at the beta of DPO that the whole rate has chosen; of the others three betas by
+four rates. The joint arm's rates are fractions of the whole rate of SFT, since it has
+one stage. That two arms differ by their DPO and not by their SFT is looked at apart:
+the reduced rate also takes the settings that the whole rate has chosen for DPO.
 
 Source: arXiv:2507.00018; the design of this test is ours, the paper's is not verified.
 """
@@ -39,9 +40,10 @@ from experiments.sft_bridge.arms import (
     DIVERGENCES,
     JOINT,
     NO_SFT,
+    PLAIN,
     RATE,
+    RATES,
     REDUCED,
-    TUNING_SEED,
     WHOLE,
     Arm,
     Setting,
@@ -49,8 +51,10 @@ from experiments.sft_bridge.arms import (
     best_rate,
     chosen_setting,
     make_arms,
+    reduced_arm,
     seeds_of,
     settings_of,
+    tuning_seeds,
 )
 from experiments.sft_bridge.prepared import Prepared, prepare
 from experiments.sft_bridge.trainer import SlopeWatch, Trainer
@@ -116,7 +120,6 @@ class _Seed:
 
     def __init__(self, config: StagesConfig, folder, guard, seed: int):
         self.config, self.seed = config, seed
-        self.arms = {arm.name: arm for arm in make_arms(config)}
         self.prepared = prepare(config, folder, guard, seed)
         self.trainer = Trainer(config, self.prepared)
 
@@ -126,14 +129,12 @@ class _Seed:
             return self.prepared.base, 0
         stop_at = None
         if arm.stops:
-            if self.seed == TUNING_SEED:
-                chosen = chosen_setting(results, self.arms[REDUCED], self.config)
-                place = self.config.fractions.index(chosen.knob)
-                stop_at = results[f"stages/tune/{REDUCED}"]["sft_loss"][place]
+            reduced = reduced_arm(results, self.config).name
+            if self.seed in tuning_seeds(self.config):
+                (stop_at,) = results[f"stages/tune{self.seed}/{reduced}"]["sft_loss"]
             else:
-                stop_at = results[f"stages/seed{self.seed}/{REDUCED}"]["sft_loss"]
-        fraction = knob if arm.kind == RATE else arm.fraction
-        rate = fraction * best_rate(results, self.config)
+                stop_at = results[f"stages/seed{self.seed}/{reduced}"]["sft_loss"]
+        rate = arm.fraction * best_rate(results, self.config)
         return self.trainer.sft(arm, rate, knob, stop_at=stop_at, watch=watch)
 
     def with_anchor(self, name: str, params, groups):
@@ -195,30 +196,45 @@ def _report(seed: _Seed, arm: Arm, results) -> dict:
     setting = chosen_setting(results, arm, config)
     params, updates = seed.sft(arm, results, setting.knob)
     groups = seed.with_anchor(arm.name, params, prepared.pairs)
-    found = {
+    return {
         "sft": _reported(prepared, config, params),
         "sft_loss": seed.trainer.validation_loss(params),
         "sft_accuracy": implicit_accuracy(prepared, config, params),
         "sft_updates": updates,
         "dpo": _reported(prepared, config, seed.align(arm, params, groups, setting)),
     }
-    if arm.name in (WHOLE.name, REDUCED):
-        path = prepared.pipeline.folder / f"{arm.name.replace(' ', '_')}.jsonl"
-        processes.on_first(lambda: path.unlink(missing_ok=True))
-        own = sample_pairs(
-            prepared.pipeline,
-            params,
-            prepared.pair_prompts,
-            prepared.grade,
-            num_samples=2,
-            use=_PAIRS_USE,
-            path=path,
-            temperature=config.label_temperature,
-        )
-        own = seed.with_anchor(f"own pairs, {arm.name}", params, own)
-        trained = seed.align(arm, params, own, setting)
-        found["own"] = _reported(prepared, config, trained)
-        found["own_pairs"] = len(own)
+
+
+def _report_again(seed: _Seed, arm: Arm, results) -> dict:
+    """A rate's own pairs in the place of the crowd's, and the whole rate's settings."""
+    config, prepared = seed.config, seed.prepared
+    pipeline = prepared.pipeline
+    params, _ = seed.sft(arm, results, None)
+    path = pipeline.folder / f"{arm.name.replace(' ', '_')}.jsonl"
+    processes.on_first(lambda: path.unlink(missing_ok=True))
+    own = sample_pairs(
+        pipeline,
+        params,
+        prepared.pair_prompts,
+        prepared.grade,
+        num_samples=2,
+        use=_PAIRS_USE,
+        path=path,
+        temperature=config.label_temperature,
+    )
+    setting = chosen_setting(results, arm, config)
+    matched = chosen_setting(results, WHOLE, config)
+
+    def after(name, groups, setting):
+        groups = seed.with_anchor(name, params, groups)
+        return _reported(prepared, config, seed.align(arm, params, groups, setting))
+
+    found = {
+        "own": after(f"own pairs, {arm.name}", own, setting),
+        "own_pairs": len(own),
+    }
+    if arm.kind == RATE:
+        found["matched"] = after(f"{arm.name}, matched", prepared.pairs, matched)
     return found
 
 
@@ -231,47 +247,60 @@ def jobs(config: StagesConfig, folder, guard) -> list[Job]:
       guard: says when to stop.
     """
 
-    @functools.lru_cache(maxsize=1)  # the models of one seed at a time
+    @functools.lru_cache(maxsize=config.num_tuning_seeds)  # models of seeds in memory
     def seed_of(number: int) -> _Seed:
         return _Seed(config, folder, guard, number)
 
     arms = make_arms(config)
-    without = (NO_SFT, JOINT)
-    num_sfts = {arm.name: len(arm.knobs) * (arm.kind not in without) for arm in arms}
     base = 0.12 * config.base.loop.num_steps
     sft, dpo = 2 + 0.05 * config.sft_steps, 3 + 0.05 * config.dpo_steps
     measure = 1 + 0.01 * config.num_eval_prompts
     found = [
         Job(
-            "stages/rates",
+            f"stages/tune{number}/{RATES}",
             1 + len(config.sft_rates),
             base + len(config.sft_rates) * sft,
-            lambda results: _rates(seed_of(TUNING_SEED)),
+            lambda results, number=number: _rates(seed_of(number)),
         )
+        for number in tuning_seeds(config)
     ]
     for arm in arms:
-        num_sft = num_sfts[arm.name]
-        num_dpo = len(config.dpo_betas) * len(config.dpo_rates)
-        found.append(
-            Job(
-                f"stages/tune/{arm.name}",
-                num_sft + num_dpo,
-                num_sft * (sft + measure) + num_dpo * (dpo + measure),
-                lambda results, arm=arm: _tune(seed_of(TUNING_SEED), arm, results),
+        num_sft = len(arm.knobs) * (arm.kind not in (NO_SFT, JOINT))
+        num_betas = len(config.dpo_betas) if arm.kind in (PLAIN, NO_SFT) else 1
+        num_dpo = len(arm.knobs) * num_betas * len(config.dpo_rates)
+        for number in tuning_seeds(config):
+            found.append(
+                Job(
+                    f"stages/tune{number}/{arm.name}",
+                    num_sft + num_dpo,
+                    num_sft * (sft + measure) + num_dpo * (dpo + measure),
+                    lambda results, arm=arm, number=number: _tune(
+                        seed_of(number), arm, results
+                    ),
+                )
             )
-        )
     for number in seeds_of(config):
         for arm in arms:
             found.append(
                 Job(
                     f"stages/seed{number}/{arm.name}",
-                    min(1, num_sfts[arm.name])
-                    + 1
-                    + (arm is WHOLE)  # the base
-                    + (arm.name in (WHOLE.name, REDUCED)),
+                    (arm.kind not in (NO_SFT, JOINT)) + 1 + (arm is WHOLE),  # the base
                     sft + dpo + 3 * measure + base * (arm is WHOLE),
                     lambda results, arm=arm, number=number: _report(
                         seed_of(number), arm, results
+                    ),
+                )
+            )
+        for name, num_dpo in ((WHOLE.name, 1), (REDUCED, 2)):
+            found.append(
+                Job(
+                    f"stages/seed{number}/again/{name}",
+                    1 + num_dpo,
+                    sft + num_dpo * (dpo + measure) + measure,
+                    lambda results, name=name, number=number: _report_again(
+                        seed_of(number),
+                        WHOLE if name == WHOLE.name else reduced_arm(results, config),
+                        results,
                     ),
                 )
             )

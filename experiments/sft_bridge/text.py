@@ -17,7 +17,8 @@ Several learning rates or divergences are a sweep:
 
     python scripts/sweep.py experiments.sft_bridge.text --root runs/rates \
         --grid sft.optimizer.learning_rate=2e-5,1e-5,5e-6,2e-6,1e-6 --grid seed=0,1,2 \
-        --metrics results.DPO.accuracy results.SFT.loss -- --preset PRESET ...
+        --metrics results.SFT.loss results.SFT.accuracy_from_base \
+        results.DPO.accuracy results.DPO.accuracy_from_base -- --preset PRESET ...
 
 Source: arXiv:2507.00018, whose settings are not verified. The preset of Llama 3 8B has
 the public recipe of SimPO's repository instead (UltraChat-200k at 2e-5, UltraFeedback
@@ -315,6 +316,20 @@ def _answers(pipeline: Pipeline, params, prompts, model: str) -> list[dict]:
     ]
 
 
+def _of_epochs(pipeline, name: str, stage, epochs, groups, config: Config):
+    """`in_epochs`, and a note of what it has set in the place of the stage's own."""
+    found = in_epochs(stage, epochs, len(groups), config.warmup)
+    if found is not stage:
+        pipeline.note(
+            f"{name}: {found.loop.num_steps} steps ({epochs:g} epochs of {len(groups)} "
+            f"groups), {found.optimizer.warmup_steps} of them warm-up, validated every "
+            f"{found.loop.validate_every}; what --{name.lower()}.loop and "
+            f"--{name.lower()}.optimizer say of these counts only with "
+            f"--{name.lower()}-epochs None"
+        )
+    return found
+
+
 def run(
     config: Config, pipeline: Pipeline, data: Data, params: PyTree
 ) -> tuple[dict, dict[str, Fitted]]:
@@ -356,7 +371,7 @@ def run(
 
     base_loss = measure_loss(pipeline, _LIKELIHOOD, params, measured, config.sft)
     results["base"] = {"loss": base_loss["loss"]}
-    stage = in_epochs(config.sft, config.sft_epochs, len(shown), config.warmup)
+    stage = _of_epochs(pipeline, "SFT", config.sft, config.sft_epochs, shown, config)
     params, fitted["SFT"] = pipeline.train(
         *("SFT", method, params, shown, heldout, stage),
         unit="demonstrations",
@@ -367,7 +382,7 @@ def run(
         store_anchor(pipeline, f"SFT_{name}", params, groups, config.dpo)
         for name, groups in zip(("pairs", "heldout_pairs"), data.pairs, strict=True)
     ]
-    stage = in_epochs(config.dpo, config.dpo_epochs, len(pairs[0]), config.warmup)
+    stage = _of_epochs(pipeline, "DPO", config.dpo, config.dpo_epochs, pairs[0], config)
     dpo = methods.make_dpo(config.beta)
     params, fitted["DPO"] = pipeline.train(
         *("DPO", dpo, params, *pairs, stage), unit="pairs", consume=True

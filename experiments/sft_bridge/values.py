@@ -79,8 +79,8 @@ class ValuesConfig:
     num_seeds: int = 5
 
     def __post_init__(self):
-        if self.num_seeds < 1:
-            raise ValueError(f"`num_seeds` must be 1 or more; got {self.num_seeds}.")
+        if self.num_seeds < 2:
+            raise ValueError(f"`num_seeds` must be 2 or more; got {self.num_seeds}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +316,6 @@ def measure(
         "drop": np.array([drops[name] for name in SIGNALS]),
         "beyond": beyond(joined[SFT], truth, controls),
         "states": len(truth),
-        "won": float(np.mean([p.won for p in played])),
     }
 
 
@@ -419,6 +418,8 @@ def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
         for _ in range(config.num_samples)
     ]
     return measure(config, played, read, seed) | {
+        # A response of fewer than two moves has not won.
+        "won": sum(p.won for p in played) / len(found),
         "won_by_best": float(np.mean(wins)),
         "too_short": len(found) - len(played),
         "pairs": num_pairs,

@@ -1,6 +1,6 @@
 """The paper's claims, what each has to show here, and whether it does.
 
-Judged by differences between numbers of one seed, with a bootstrap interval over seeds.
+Judged by differences between numbers of one seed, with Student's interval over seeds.
 What each claim needs was written before it was run; sizes and grids were set by trials
 of seeds that are not reported.
 """
@@ -40,26 +40,38 @@ class StagesMeasured:
         self.results, self.config = results, config
         self.arms = {arm.name: arm for arm in arms.make_arms(config)}
         self.rate = arms.best_rate(results, config)
+        self.reduced = arms.reduced_arm(results, config)
 
-    def _runs(self, arm: str) -> list[dict]:
+    def _runs(self, job: str) -> list[dict]:
+        job = self.reduced.name if job == REDUCED else job
         numbers = arms.seeds_of(self.config)
-        return [self.results[f"stages/seed{n}/{arm}"] for n in numbers]
+        return [self.results[f"stages/seed{n}/{job}"] for n in numbers]
 
     def of(self, arm: str, part: str, measure: str = "reward") -> np.ndarray:
-        """A measure of an arm after a part, "sft", "dpo" or "own": f64[seeds]."""
-        return np.array([run[part][measure] for run in self._runs(arm)], float)
+        """A measure of an arm after a part, "sft" or "dpo": f64[seeds].
+
+        Of the whole and of the reduced rate also after DPO on "own" pairs, and of the
+        latter "matched": after DPO with the settings of the whole rate.
+        """
+        job = arm if part in ("sft", "dpo") else f"again/{arm}"
+        return np.array([run[part][measure] for run in self._runs(job)], float)
 
     def alone(self, arm: str, name: str) -> np.ndarray:
         """A number of each run: f64[seeds]."""
         return np.array([run[name] for run in self._runs(arm)], float)
 
-    def tuning(self, arm: str) -> dict:
-        """What the choice of an arm has seen."""
-        return self.results[f"stages/tune/{arm}"]
+    def tuning(self, arm: str, key: str) -> np.ndarray:
+        """What the choice of an arm has seen: f64[tuning seeds, ...]."""
+        return arms.tuned(self.results, arm, key, self.config)
 
     def setting(self, arm: str) -> arms.Setting:
         """What an arm has chosen."""
         return arms.chosen_setting(self.results, self.arms[arm], self.config)
+
+    def at_ends(self, arm: str) -> list[str]:
+        """What of that lies at an end of what it has tried."""
+        tried = arms.settings_of(self.arms[arm], self.config, self.results)
+        return arms.at_ends(self.setting(arm), tried)
 
     def gains(self, ours: str, theirs: str, measure: str = "reward") -> np.ndarray:
         """Differences between two arms after DPO: f64[seeds]."""
@@ -84,16 +96,23 @@ def judge_stages(measured: StagesMeasured) -> list[Verdict]:
             found, verdict=NOT_TESTABLE, note=f"{what} does not hold"
         )
 
-    fraction = measured.setting(REDUCED).knob
     first = compared(
         "A smaller learning rate of SFT gives a better model after DPO.",
         REDUCED,
         whole,
-        f"chosen: {fraction:g} of the rate",
+        f"chosen: {measured.reduced.name}",
     )
     own = measured.of(REDUCED, "own") - measured.of(whole, "own")
+    matched = measured.of(REDUCED, "matched") - measured.of(whole, "dpo")
     found = [
         first,
+        judged(
+            "So it does with the settings of DPO that the whole rate has chosen.",
+            ABOVE,
+            matched,
+            f"reward after DPO, {REDUCED} less {whole}",
+            "added after a first run",
+        ),
         judged(
             "So it does with pairs that each SFT model samples itself.",
             ABOVE,
@@ -175,17 +194,31 @@ class ValuesMeasured:
         return np.array([run[name] for run in self._values], float)
 
 
-def strongest(measured: ValuesMeasured, measure: str) -> str:
-    """The control of the highest mean."""
-    return max(CONTROLS, key=lambda name: measured.of(measure, name).mean())
+NOTHING = {"correlation": 0.0, "auc": 0.5, "drop": 0.5}
+"""What a signal has of each measure that tells nothing."""
+
+
+def strongest(measured: ValuesMeasured, measure: str) -> tuple[str, np.ndarray]:
+    """The control that tells most, and its measure: f64[seeds].
+
+    One that falls where V* rises knows as much of it as one that rises: of each the
+    signal or minus the signal is taken, whichever has the higher mean over seeds.
+    """
+    found = []
+    for name in CONTROLS:
+        values, nothing = measured.of(measure, name), NOTHING[measure]
+        if values.mean() < nothing:
+            name, values = f"minus {name}", 2 * nothing - values
+        found.append((name, values))
+    return max(found, key=lambda control: control[1].mean())
 
 
 def _over_controls(measured: ValuesMeasured, measure: str) -> Verdict:
-    rival = strongest(measured, measure)
+    rival, theirs = strongest(measured, measure)
     return judged(
         f"V of the SFT model knows the value of a state: by {MEASURES[measure]}.",
         "above its strongest control, the interval of the difference above zero",
-        measured.of(measure, SFT) - measured.of(measure, rival),
+        measured.of(measure, SFT) - theirs,
         f"{MEASURES[measure]}, less that of: {rival}",
         _ADDED,
     )

@@ -104,7 +104,7 @@ class Pipeline:
         )
         length = self.row_length or max(128, sources.longest_group(fitted))
         if counts["dropped"] or counts["cut"]:
-            self._note(
+            self.note(
                 f"of {counts['groups']} groups {counts['dropped']} were dropped and "
                 f"{counts['cut']} cut (policy {self.long_groups}): rows have {length} "
                 f"positions, the model {self.model.max_positions or 'any number'}"
@@ -131,7 +131,7 @@ class Pipeline:
                 f"a smaller --max-new-tokens."
             )
         if len(fitted) < len(prompts):
-            self._note(
+            self.note(
                 f"of {len(prompts)} prompts {len(prompts) - len(fitted)} were left "
                 f"out: with {self.max_new_tokens} new tokens they are longer than the "
                 f"model's {most} positions"
@@ -144,7 +144,8 @@ class Pipeline:
             return self.encoder.encode_prompt(prompt.messages, tools=prompt.tools)
         return self.encoder.encode_prompt(prompt)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Log a text, and keep it for the report."""
         if text not in self.notes:
             self.notes.append(text)
             _logger.warning("%s", text)
@@ -242,6 +243,7 @@ class Pipeline:
             unit=unit,
             watch=self.watch,
             consume=consume and self.lora is None,
+            data=rows.measure(groups).digest(),
         )
         if self.lora is not None:
             trained = lora.merge(frozen, trained, self.lora)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,20 +14,26 @@ from pref_jax.evals.preference import bootstrap_interval, wins
 from pref_jax.train.loop import Fitted
 
 
-def estimate(values) -> report.Estimate:
-    """Mean of per-prompt values with its 95 % bootstrap interval."""
-    return report.Estimate(*bootstrap_interval(values))
+def estimate(values, interval: Callable = bootstrap_interval) -> report.Estimate:
+    """Mean of values, one a prompt or a seed, with its 95 % interval."""
+    return report.Estimate(*interval(values))
 
 
-def series(name: str, x: Sequence[float], values: Sequence) -> report.Series:
-    """A line of means with a band of 95 % bootstrap intervals.
+def series(
+    name: str,
+    x: Sequence[float],
+    values: Sequence,
+    interval: Callable = bootstrap_interval,
+) -> report.Series:
+    """A line of means with a band of 95 % intervals.
 
     Args:
       name: of the line.
       x: where the points stand.
       values: f64[points, seeds].
+      interval: values -> (mean, low, high).
     """
-    found = [bootstrap_interval(at_point) for at_point in values]
+    found = [interval(at_point) for at_point in values]
     means, lows, highs = zip(*found, strict=True)
     return report.Series(name, tuple(map(float, x)), means, lows, highs)
 

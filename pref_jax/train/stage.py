@@ -142,6 +142,7 @@ def train_stage(
     base: dict[str, str] | None = None,
     watch: loop.Watch | None = None,
     consume: bool = False,
+    data: str | None = None,
 ) -> tuple[PyTree, loop.Fitted]:
     """Train, or read what an earlier call on the same folder has trained.
 
@@ -165,6 +166,8 @@ def train_stage(
       base: path and hash of `frozen`, which the checkpoints name in its place.
       watch: what is looked at beside the metrics; None: nothing.
       consume: free `params` once the state has a copy of them.
+      data: what tells the data of `source` from others, such as `rows.Lengths.digest`;
+        a stage that was begun on other data is refused.
 
     Returns:
       The trained parameters, placed on the mesh, of the best validation if
@@ -173,14 +176,16 @@ def train_stage(
 
     Raises:
       Preempted, NonFiniteError: as `loop.fit`.
-      ValueError: the folder holds a stage of another config or base, or `frozen` comes
-        without `base`.
+      ValueError: the folder holds a stage of another config, base or data, or `frozen`
+        comes without `base`.
     """
     if (base is None) != (not jax.tree.leaves(frozen)):
         raise ValueError(
             "`frozen` and `base` (its path and hash) belong together; give both."
         )
     about = {"method": method.name, "paper": method.paper, "seed": seed, "base": base}
+    if data is not None:
+        about["data"] = data
     _claim_folder(name, folder, config, json.loads(model.description) | about)
     with jax.set_mesh(mesh):
         plan = plan_stage(
@@ -255,7 +260,8 @@ def _claim_folder(
         changed = differences(_what_counts(old), _what_counts(new))
         if changed:
             raise ValueError(
-                f"stage {name} in {folder} was started with another config: {changed}. "
+                f"stage {name} in {folder} was started with another config, or on "
+                f"other data: {changed}. "
                 f"Continue it with its own, or train in a new folder."
             )
 

@@ -318,6 +318,9 @@ def config(folder, out, **changes):
 def test_the_page_and_the_numbers_are_of_both_models(models_and_data, tmp_path):
     path = command.run(config(models_and_data, tmp_path / "out", beta=BETA))
     text = path.read_text()
+    with pytest.raises(ValueError, match=r"another config \(beta: 0.5 -> 0.7\); give"):
+        command.run(config(models_and_data, tmp_path / "out", beta=0.7))
+    assert path.read_text() == text
     for part in (
         "policy beside reference",
         "The first 6 of 40 rows were read (--max-prompts).",
@@ -395,6 +398,23 @@ def test_rows_that_are_left_out_are_counted(models_and_data, tmp_path):
     assert note in path.read_text()
     table = pyarrow.parquet.read_table(path.parent / "tokens.parquet").to_pylist()
     assert {row["record"] for row in table} == {0, 2, 3}
+
+
+@pytest.mark.slow
+def test_prompts_without_room_for_a_response_are_counted(models_and_data, tmp_path):
+    rows = [json.loads(x) for x in (models_and_data / "pairs.jsonl").open()][:4]
+    rows[1] = rows[1] | {"prompt": "Is it " + "very " * 60 + "late?"}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": str(data), "num_samples": 1, "max_new_tokens": 4}
+    reads, _, notes, _ = command.read_all(config(models_and_data, tmp_path, **changes))
+    assert any(
+        note.startswith("of 4 prompts 1 were left out: with 4") for note in notes
+    )
+    assert {read.response.record for read in reads} == {0, 2, 3}
+    data.write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match="of 1 prompts 1 were left out.*Use shorter"):
+        command.read_all(config(models_and_data, tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

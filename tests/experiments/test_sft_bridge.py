@@ -196,6 +196,23 @@ def test_v_must_be_above_its_strongest_control():
     assert found[verdicts.MEASURES["correlation"]].verdict == HOLDS
 
 
+def test_a_control_that_falls_where_the_value_rises_is_as_strong_as_one_that_rises():
+    beaten = results(sft=0.4, control=0.3)
+    place = SIGNALS.index("moves left")
+    for run in beaten.values():
+        line = run["correlation"]
+        run["correlation"] = [*line[:place], -0.47, *line[place + 1 :]]
+    found = {v.unit.split(",")[0]: v for v in judged(beaten)}
+    correlation = found[verdicts.MEASURES["correlation"]]
+    assert correlation.verdict == FAILS
+    assert correlation.unit.endswith("less that of: minus moves left")
+    assert correlation.effect.mean == pytest.approx(0.42 - 0.47)
+    # Of an area under a curve, 0.4 tells as much as 0.6, and less than 0.7.
+    low = {v.unit.split(",")[0]: v for v in judged(results(sft=0.7, control=0.4))}
+    auc = low[verdicts.MEASURES["auc"]]
+    assert auc.verdict == HOLDS and auc.effect.mean == pytest.approx(0.72 - 0.6)
+
+
 def test_no_correlation_beyond_the_controls_is_a_failure():
     *_, last = judged(results(beyond=-0.02))
     assert last.verdict == FAILS and last.claim.startswith(
@@ -208,8 +225,8 @@ def test_jobs_are_counted_before_they_run():
     assert [(job.name, job.num_runs) for job in jobs] == [
         (f"values/seed{seed}", 3) for seed in range(1, 6)
     ]
-    with pytest.raises(ValueError, match="`num_seeds` must be 1 or more; got 0"):
-        dataclasses.replace(SMOKE.values, num_seeds=0)
+    with pytest.raises(ValueError, match="`num_seeds` must be 2 or more; got 1"):
+        dataclasses.replace(SMOKE.values, num_seeds=1)
 
 
 @pytest.mark.slow

@@ -16,12 +16,16 @@ from experiments.sft_bridge.arms import (
     DIVERGENCES,
     EARLY,
     KL,
+    REDUCED,
     WHOLE,
     Arm,
     Setting,
+    at_ends,
     chosen_setting,
     make_arms,
+    reduced_arm,
     settings_of,
+    tuning_seeds,
 )
 from experiments.sft_bridge.config import SMALL, SMOKE
 from experiments.sft_bridge.prepared import judged_pairs, prepare
@@ -34,6 +38,7 @@ from pref_jax.train.checkpoint import PreemptionGuard
 
 CONFIG = SMOKE.stages
 ARMS = {arm.name: arm for arm in make_arms(SMALL.stages)}
+TUNING = tuning_seeds(SMALL.stages)
 
 
 def gap(first, second):
@@ -72,25 +77,29 @@ def test_too_few_pairs_of_unequal_rewards_are_an_error():
 
 
 def chosen(arm, index):
-    """Results in which this setting of the twelve is the best."""
-    rewards = [0.1] * 12
-    rewards[index] = 0.5
-    return {
-        "stages/rates": {"losses": [0.5, 0.4, 0.3, None, 0.5]},
-        f"stages/tune/{arm}": {"rewards": rewards},
-    }
+    """Results in which this setting is the best on both tuning seeds together."""
+    losses = [0.5, 0.4, 0.3, None, 0.5]
+    found = {f"stages/tune{seed}/rates": {"losses": losses} for seed in TUNING}
+    for seed, other in zip(TUNING, (0, 1), strict=True):
+        rewards = [0.1] * 12
+        rewards[other], rewards[index] = 0.6, 0.5  # another is best on each of them
+        found[f"stages/tune{seed}/{arm}"] = {"rewards": rewards}
+    return found
 
 
 def test_every_arm_chooses_among_twelve_settings():
     config = SMALL.stages
-    results = chosen("whole rate", 4)  # the second beta and rate
+    results = chosen("whole rate", 5)  # the second beta and rate
+    budgets = collections.Counter()
     for arm in ARMS.values():
         settings = settings_of(arm, config, results)
-        assert len(set(settings)) == 12, arm
+        assert len(set(settings)) == len(settings), arm
+        budgets[REDUCED if arm.fraction < 1 else arm.name] += len(settings)
         counts = collections.Counter(setting.knob for setting in settings)
         assert list(counts) == list(arm.knobs)
-        if arm.knobs != (None,):
+        if arm.knobs != (None,) or arm.fraction < 1:
             assert {s.dpo_beta for s in settings} == {config.dpo_betas[1]}
+    assert set(budgets.values()) == {12}
     assert chosen_setting(results, ARMS["whole rate"], config) == Setting(
         None, config.dpo_betas[1], config.dpo_rates[1]
     )
@@ -103,34 +112,56 @@ def test_the_controls_of_the_paper_file_are_there():
     names = list(ARMS)
     assert {"early stop", "explicit KL", "decay to the base", "no SFT"} < set(names)
     assert {"chi-squared", "hellinger", "jensen-shannon", "joint"} < set(names)
-    fractions = [arm.fraction for arm in ARMS.values() if arm.fraction < 1]
-    assert fractions == [0.5, 0.25, 0.1, 0.05] == list(ARMS["reduced rate"].knobs)
+    assert [arm.fraction for arm in ARMS.values() if arm.fraction < 1] == [
+        *(0.5, 0.25, 0.1)
+    ]
     # What an arm needs of others stands before it.
-    assert names.index("whole rate") < names.index("reduced rate")
-    assert names.index("reduced rate") < names.index("early stop")
+    assert names.index("whole rate") < names.index("0.5 of the rate")
+    assert names.index("0.1 of the rate") < names.index("early stop")
+
+
+def test_the_reduced_rate_is_the_fraction_that_is_best_over_the_tuning_seeds():
+    found = results({}, reduced="0.25 of the rate")
+    assert reduced_arm(found, SMALL.stages).fraction == 0.25
+    found["stages/tune10000/0.5 of the rate"] = {"rewards": [1.3, 0.1, 0.1, 0.1]}
+    assert reduced_arm(found, SMALL.stages).fraction == 0.5
+    found["stages/tune10001/0.5 of the rate"] = {"rewards": [-0.2, 0.1, 0.1, 0.1]}
+    assert reduced_arm(found, SMALL.stages).fraction == 0.25  # 0.5 falls apart on one
+
+
+def test_a_choice_at_an_end_of_its_grid_is_told():
+    tried = [Setting(None, b, r) for b in (0.1, 0.3, 1.0) for r in (1e-4, 2e-4)]
+    assert at_ends(tried[3], tried) == ["highest learning rate"]
+    assert at_ends(tried[0], tried) == ["lowest beta", "lowest learning rate"]
 
 
 def test_runs_are_counted_and_seed_zero_is_not_reported():
     jobs = stages.jobs(SMALL.stages, epath.Path("nowhere"), None)
     names = [job.name for job in jobs]
-    assert names[0] == "stages/rates"
-    assert sum(name.startswith("stages/tune/") for name in names) == len(ARMS)
+    assert names[:2] == [f"stages/tune{seed}/rates" for seed in TUNING]
+    tuned = [name for name in names if name.startswith("stages/tune")]
+    assert len(tuned) == len(set(tuned)) == 2 * (len(ARMS) + 1)
+    assert names[: len(tuned)] == tuned  # before what is reported
     seeds = {name.split("/")[1] for name in names if name.startswith("stages/seed")}
     assert seeds == {f"seed{n}" for n in range(1, 6)}
     runs = {job.name: job.num_runs for job in jobs}
-    assert runs["stages/tune/whole rate"] == 1 + 12
-    assert runs["stages/tune/explicit KL"] == 4 + 12
-    assert runs["stages/tune/joint"] == runs["stages/tune/no SFT"] == 12
-    assert runs["stages/seed1/whole rate"] == 4  # base, SFT, DPO on two kinds of pairs
-    assert runs["stages/seed1/reduced rate"] == 3
+    assert runs["stages/tune10000/whole rate"] == 1 + 12
+    assert runs["stages/tune10001/explicit KL"] == 3 + 12
+    assert runs["stages/tune10001/0.1 of the rate"] == 1 + 4
+    assert runs["stages/tune10000/joint"] == runs["stages/tune10000/no SFT"] == 12
+    assert runs["stages/seed1/whole rate"] == 3  # base, SFT, DPO
+    assert runs["stages/seed1/0.5 of the rate"] == 2
     assert runs["stages/seed1/joint"] == 1
+    assert runs["stages/seed1/again/whole rate"] == 2  # its own pairs
+    assert runs["stages/seed1/again/reduced rate"] == 3
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fractions": (1.0, 0.5, 0.1, 0.05)}, r"each must lie in \(0, 1\)"),
-        ({"num_seeds": 0}, r"`num_seeds` must lie in \[1, 10000\); got 0"),
+        ({"fractions": (1.0, 0.5, 0.1)}, r"each must lie in \(0, 1\)"),
+        ({"num_seeds": 1}, r"`num_seeds` must lie in \[2, 10000\); got 1"),
+        ({"num_tuning_seeds": 0}, "`num_tuning_seeds` must be 1 or more; got 0"),
         ({"crowd_share": 1.0}, r"`crowd_share` must lie in \(0, 1\)"),
         ({"kl_weights": (0.1,)}, "every arm needs the same number of settings"),
         ({"joint_rates": (1.0,)}, "`dpo_rates` and `joint_rates` one"),
@@ -257,18 +288,30 @@ def test_slopes_are_watched_from_the_first_update_to_the_last(prepared, trainer)
 # --- verdicts -------------------------------------------------------------------------
 
 
-def results(rewards, own=(0.5, 0.5), seeds=5):
-    """Of an arm the reward after DPO, the same for every seed but for a little."""
+def results(rewards, own=(0.5, 0.5), matched=0.6, seeds=5, reduced="0.1 of the rate"):
+    """Of an arm the reward after DPO, the same for every seed but for a little.
+
+    `rewards` has that of the reduced rate by the name of its fraction, or as `REDUCED`.
+    """
     found = chosen("", 0)
-    for name in ARMS:
-        found[f"stages/tune/{name}"] = {"rewards": [0.1] * 11 + [0.5]}
+    rewards = {reduced if name == REDUCED else name: x for name, x in rewards.items()}
+    for name, arm in ARMS.items():
+        highest = 0.6 if name == reduced else 0.5
+        num_settings = 4 if arm.fraction < 1 else 12
+        for seed in TUNING:
+            found[f"stages/tune{seed}/{name}"] = {
+                "rewards": [0.1] * (num_settings - 1) + [highest]
+            }
         for seed in range(1, 1 + seeds):
             reward = rewards.get(name, 0.6) + 0.001 * seed
             run = {"dpo": {"reward": reward, "wins": reward / 2}, "sft_loss": 0.4}
-            if name in ("whole rate", "reduced rate"):
-                reward = own[name == "reduced rate"]
-                run["own"] = {"reward": reward + 0.001 * seed}
             found[f"stages/seed{seed}/{name}"] = run
+    for seed in range(1, 1 + seeds):
+        for name, reward in zip((WHOLE.name, REDUCED), own, strict=True):
+            found[f"stages/seed{seed}/again/{name}"] = {
+                "own": {"reward": reward + 0.001 * seed},
+                "matched": {"reward": matched + 0.001 * seed},
+            }
     return found
 
 
@@ -282,10 +325,10 @@ def judged(rewards, **options):
 
 
 def test_a_rate_that_helps_beyond_its_controls_holds():
-    found = judged({"reduced rate": 0.7, "joint": 0.5}, own=(0.5, 0.6))
-    assert [v.verdict for v in found[:5]] == [HOLDS] * 5
-    assert found[0].effect.mean == pytest.approx(0.1)
-    assert found[0].note == "chosen: 0.05 of the rate"
+    found = judged({REDUCED: 0.7, "joint": 0.5}, own=(0.5, 0.6), matched=0.65)
+    assert [v.verdict for v in found[:6]] == [HOLDS] * 6
+    assert [v.effect.mean for v in found[:3]] == pytest.approx([0.1, 0.05, 0.1])
+    assert found[0].note == "chosen: 0.1 of the rate"
     # The divergences are as good as plain SFT: an interval at zero does not hold.
     same = [v for v in found if v.claim.endswith("at the same rate.")]
     assert [v.verdict for v in same] == [FAILS] * 3
@@ -293,24 +336,25 @@ def test_a_rate_that_helps_beyond_its_controls_holds():
 
 
 def test_a_control_that_does_the_same_and_a_joint_stage_that_is_better_are_seen():
-    found = judged({"reduced rate": 0.7, "early stop": 0.7, "joint": 0.65})
+    found = judged({REDUCED: 0.7, "early stop": 0.7, "joint": 0.65})
     assert found[0].verdict == HOLDS
-    assert found[1].verdict == FAILS  # own pairs
-    assert found[2].verdict == FAILS  # early stop
-    assert found[3].verdict == HOLDS
+    assert found[1].verdict == FAILS  # with the settings of the whole rate
+    assert found[2].verdict == FAILS  # own pairs
+    assert found[3].verdict == FAILS  # early stop
+    assert found[4].verdict == HOLDS
     assert found[-1].verdict == FAILS and found[-1].effect.high < 0
 
 
 def test_without_an_effect_there_is_nothing_to_explain():
     """Better than its controls, which are worse than what needs no control."""
-    found = judged({"reduced rate": 0.55, "early stop": 0.5, "explicit KL": 0.5})
+    found = judged({REDUCED: 0.55, "early stop": 0.5, "explicit KL": 0.5})
     assert found[0].verdict == FAILS
-    assert [v.verdict for v in found[2:5]] == [NOT_TESTABLE] * 3
-    assert found[2].effect.low > 0 and found[2].note == "the first claim does not hold"
+    assert [v.verdict for v in found[3:6]] == [NOT_TESTABLE] * 3
+    assert found[3].effect.low > 0 and found[3].note == "the first claim does not hold"
 
 
 def test_a_divergence_is_held_against_plain_sft_at_both_rates():
-    found = judged({"reduced rate": 0.7, "hellinger": 0.65, "chi-squared": 0.5})
+    found = judged({REDUCED: 0.7, "hellinger": 0.65, "chi-squared": 0.5})
     of = [v for v in found if v.claim.startswith("SFT by hellinger")]
     assert [v.verdict for v in of] == [HOLDS, FAILS]
     of = [v for v in found if v.claim.startswith("SFT by chi-squared")]
@@ -318,13 +362,13 @@ def test_a_divergence_is_held_against_plain_sft_at_both_rates():
 
 
 def test_few_seeds_judge_nothing():
-    found = judged({"reduced rate": 0.7}, seeds=2)
+    found = judged({REDUCED: 0.7}, seeds=2)
     assert {v.verdict for v in found} == {NOT_TESTABLE}
     assert found[0].note.startswith("2 seeds are too few")
 
 
 def test_the_headline_is_a_share_of_the_whole_rate():
-    first, *_, last = page.headline(measured({"reduced rate": 0.7, "joint": 0.45}))
+    first, *_, last = page.headline(measured({REDUCED: 0.7, "joint": 0.45}))
     mean = 0.603
     assert first["relative"].mean == pytest.approx(0.1 / mean)
     assert first["points"].mean == pytest.approx(0.05)

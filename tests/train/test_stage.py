@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny_stage
-from pref_jax.data import sources
+from pref_jax.data import rows, sources
 from pref_jax.method import objective
 from pref_jax.train import loop, optimizer, sharding
 from pref_jax.train import stage as stage_lib
@@ -253,6 +253,23 @@ def test_a_folder_keeps_to_the_config_that_it_was_started_with(tmp_path):
     longer = dataclasses.replace(LOOP, num_steps=8)
     with pytest.raises(ValueError, match="loop.num_steps: saved 6, now 8"):
         train(tmp_path, mesh, loop_config=longer)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_stage_that_was_begun_on_other_data_is_refused(tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    description = json.loads(SHALLOW.description) | {
+        **{"method": DPO.name, "paper": DPO.paper, "seed": 0, "base": None},
+        "data": rows.measure(make_groups(8, seed=0)).digest(),
+    }
+    stage_lib.write_json(tmp_path / stage_lib.MODEL_FILE, description)
+    others = rows.measure(make_groups(8, seed=1)).digest()
+    with pytest.raises(ValueError, match="on other data: data: saved '"):
+        train(tmp_path, mesh, model=SHALLOW, data=others)
+    same = rows.measure(make_groups(8, seed=0)).digest()
+    assert same == description["data"]
+    turned = rows.measure(make_groups(8, seed=0)[::-1]).digest()
+    assert len({same, turned, others}) == 3
     assert not (tmp_path / "checkpoints").exists()
 
 
