@@ -21,7 +21,7 @@ from experiments.sft_bridge.arms import (
     StagesConfig,
 )
 from experiments.sft_bridge.values import CONTROLS, SFT, SIGNALS
-from experiments.worlds.claims import HOLDS, NOT_TESTABLE, Verdict, judged
+from experiments.worlds.claims import FAILS, HOLDS, NOT_TESTABLE, Verdict, judged
 
 # --- what SFT leaves for DPO ----------------------------------------------------------
 
@@ -92,9 +92,9 @@ def judge_stages(measured: StagesMeasured) -> list[Verdict]:
         found = dataclasses.replace(found, needed=f"{what}, and this {ABOVE}")
         if given.verdict == HOLDS:
             return found
-        return dataclasses.replace(
-            found, verdict=NOT_TESTABLE, note=f"{what} does not hold"
-        )
+        became = "does not hold" if given.verdict == FAILS else "is not testable"
+        note = f"{what} {became}"
+        return dataclasses.replace(found, verdict=NOT_TESTABLE, note=note)
 
     first = compared(
         "A smaller learning rate of SFT gives a better model after DPO.",
@@ -170,7 +170,8 @@ MEASURES = {
 REPORTED = {**MEASURES, "at_move": "the same among states after as many moves"}
 """What signals are compared by; the last was added after the first results."""
 
-_ADDED = "of the controls, sureness was added after a first run"
+_ADDED = "that sureness is a control was added after a first run"
+_TURNED = f"{_ADDED}, that a control may be turned round after a second"
 
 
 class ValuesMeasured:
@@ -208,7 +209,7 @@ def strongest(measured: ValuesMeasured, measure: str) -> tuple[str, np.ndarray]:
     for name in CONTROLS:
         values, nothing = measured.of(measure, name), NOTHING[measure]
         if values.mean() < nothing:
-            name, values = f"minus {name}", 2 * nothing - values
+            name, values = f"{name}, turned round", 2 * nothing - values
         found.append((name, values))
     return max(found, key=lambda control: control[1].mean())
 
@@ -220,7 +221,7 @@ def _over_controls(measured: ValuesMeasured, measure: str) -> Verdict:
         "above its strongest control, the interval of the difference above zero",
         measured.of(measure, SFT) - theirs,
         f"{MEASURES[measure]}, less that of: {rival}",
-        _ADDED,
+        _TURNED,
     )
 
 

@@ -205,7 +205,7 @@ def test_a_control_that_falls_where_the_value_rises_is_as_strong_as_one_that_ris
     found = {v.unit.split(",")[0]: v for v in judged(beaten)}
     correlation = found[verdicts.MEASURES["correlation"]]
     assert correlation.verdict == FAILS
-    assert correlation.unit.endswith("less that of: minus moves left")
+    assert correlation.unit.endswith("less that of: moves left, turned round")
     assert correlation.effect.mean == pytest.approx(0.42 - 0.47)
     # Of an area under a curve, 0.4 tells as much as 0.6, and less than 0.7.
     low = {v.unit.split(",")[0]: v for v in judged(results(sft=0.7, control=0.4))}

@@ -365,6 +365,7 @@ def test_few_seeds_judge_nothing():
     found = judged({REDUCED: 0.7}, seeds=2)
     assert {v.verdict for v in found} == {NOT_TESTABLE}
     assert found[0].note.startswith("2 seeds are too few")
+    assert found[3].note == "the first claim is not testable"
 
 
 def test_the_headline_is_a_share_of_the_whole_rate():
