@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from table_parts import interval, markdown
+import numpy as np
+
+from table_parts import interval, markdown, over_seeds
 
 ADPO_RECORD = "adpo"
 ADPO_CONTROL_RECORD = "adpo_control"
@@ -13,7 +15,9 @@ BRIDGE_TEXT_RECORD = "sft_bridge_text"
 
 
 def sweep_means(record, over: str, titles: Mapping[str, str]) -> str:
-    """Metrics of a sweep, means over one of its fields.
+    """Metrics of a sweep, means over one of its fields, and paired differences.
+
+    Each other combination is held against the first one, value by value of `over`.
 
     Args:
       record: of `kept_records.make_record`.
@@ -33,23 +37,27 @@ def sweep_means(record, over: str, titles: Mapping[str, str]) -> str:
             f"reads finished runs again."
         )
     fields = [field for field in found["fields"] if field != over]
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[str, dict[str, dict]] = {}
     for row in found["rows"]:
-        groups.setdefault(tuple(row[field] for field in fields), []).append(row)
-    lines = []
-    for values, rows in groups.items():
-        cells = []
-        for metric in titles:
-            numbers = [
-                row[metric][0] if isinstance(row[metric], list) else row[metric]
-                for row in rows
-            ]
-            mean = sum(numbers) / len(numbers)
-            cells.append(f"{mean:.3f} [{min(numbers):.3f}, {max(numbers):.3f}]")
-        lines.append([*values, len(rows), *cells])
-    columns = [*(field.split(".")[-1] for field in fields), f"{over}s"]
+        name = ", ".join(row[field] for field in fields)
+        groups.setdefault(name, {})[row[over]] = row
+
+    def numbers(name, metric, keys):
+        values = [groups[name][key][metric] for key in keys]
+        return np.array([v[0] if isinstance(v, list) else v for v in values])
+
+    first, *others = groups
+    lines = [
+        [name, len(rows), *(over_seeds(numbers(name, m, rows)) for m in titles)]
+        for name, rows in groups.items()
+    ]
+    for name in others:
+        both = [key for key in groups[first] if key in groups[name]]
+        cells = (numbers(name, m, both) - numbers(first, m, both) for m in titles)
+        lines.append([f"{name} less {first}", len(both), *map(over_seeds, cells)])
+    columns = [", ".join(field.split(".")[-1] for field in fields), f"{over}s"]
     table = markdown([*columns, *titles.values()], lines)
-    return table + f"\nMeans, and the lowest and highest of the {over}s.\n"
+    return table + f"\nMeans with 95 % intervals of Student's t over {over}s.\n"
 
 
 def _verdicts(record, of: Callable[[str], bool] = lambda claim: True) -> str:

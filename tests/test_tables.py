@@ -95,8 +95,10 @@ def test_a_sweep_is_kept_as_one_record_and_averaged_over_its_seeds(root, tmp_pat
     titles = {"results.loss": "loss", "results.accuracy": "accuracy"}
     text = experiment_tables.sweep_means(kept, "seed", titles)
     assert "| rate | seeds | loss | accuracy |" in text
-    assert "| 0 | 2 | 1.500 [1.000, 2.000] | 0.550 [0.500, 0.600] |" in text
-    assert "| 1 | 2 | 3.500 [3.000, 4.000] |" in text
+    # Of two values t(1) at 97.5 % is 12.706, times half their difference.
+    assert "| 0 | 2 | 1.500 [-4.853, 7.853] | 0.550 [-0.085, 1.185] |" in text
+    assert "| 1 | 2 | 3.500 [-2.853, 9.853] |" in text
+    assert "| 1 less 0 | 2 | 2.000 [2.000, 2.000] | 0.200 [0.200, 0.200] |" in text
 
 
 def test_a_sweep_without_what_its_table_shows_is_refused_and_nothing_changes(
