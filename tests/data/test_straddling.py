@@ -73,7 +73,13 @@ def test_after_a_line_feed_none_straddles(encode, pairs):
         assert encoder.decode(group.prompt) == pair.prompt + "\n"
 
 
-@pytest.mark.parametrize("end", [" ", "\n"], ids=["space", "line feed"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(" ", id="space"),
+        pytest.param("\n", id="line feed", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_logps_are_those_of_each_conversation_by_itself(encode, end):
     groups = encode(end)[1][:NUM_PAIRS]
     params = jax.jit(MODEL.init)(jax.random.key(0))

@@ -185,6 +185,7 @@ def test_the_arm_of_dpo_is_dpo_with_beta_one_over_tau(one_pair):
     close(found, jax.grad(dpo)(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("with_anchor", "without"), SAME_PAIRS)
 def test_arms_of_a_pair_differ_in_their_anchor_alone(with_anchor, without):
     batch, policy, params, anchor = draw()

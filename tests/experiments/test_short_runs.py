@@ -151,6 +151,7 @@ def h(v):
     return 2 * (np.sqrt(1 + v) - 1)
 
 
+@pytest.mark.slow
 def test_by_tokens_it_is_the_mean_of_h_over_all_tokens():
     v = BETA * np.concatenate(
         [

@@ -81,6 +81,7 @@ def overfitted(tmp_path_factory):
     return folder, mesh, params, fitted, again
 
 
+@pytest.mark.slow
 def test_the_best_parameters_are_returned_and_not_the_last(overfitted):
     folder, mesh, params, fitted, _ = overfitted
     losses = {
@@ -104,12 +105,14 @@ def test_the_best_parameters_are_returned_and_not_the_last(overfitted):
     assert losses[6] == pytest.approx(float((loss * weight).sum() / 14), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_parameters_come_back_on_the_mesh(overfitted):
     _, mesh, params, _, _ = overfitted
     shardings = sharding.param_shardings(mesh, MODEL.param_axes(params), params)
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(str(s)), params, shardings)
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_read_and_nothing_is_trained(overfitted):
     _, _, params, fitted, again = overfitted
     found, found_fitted = again(source=never)
