@@ -318,7 +318,7 @@ def config(folder, out, **changes):
 def test_the_page_and_the_numbers_are_of_both_models(models_and_data, tmp_path):
     path = command.run(config(models_and_data, tmp_path / "out", beta=BETA))
     text = path.read_text()
-    with pytest.raises(ValueError, match=r"another config \(beta: 0.5 -> 0.7\); give"):
+    with pytest.raises(ValueError, match=r"saved 0.5, now 0.7\); give"):
         command.run(config(models_and_data, tmp_path / "out", beta=0.7))
     assert path.read_text() == text
     for part in (
