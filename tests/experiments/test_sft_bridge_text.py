@@ -213,7 +213,11 @@ def test_a_checkpoint_is_the_base_of_sft_by_a_divergence(
     )
     run(own_files, tmp_path, pytestconfig.rootpath, *options)
     folder = tmp_path / "runs" / "sft_bridge_text" / "001"
-    found = json.loads((folder / "record.json").read_text())["results"]
+    record = json.loads((folder / "record.json").read_text())
+    found = record["results"]
+    # What the stage itself says of its steps is not used, and that is told.
+    assert any(note.startswith("SFT: 4 steps (1 epochs") for note in record["notes"])
+    assert not any(note.startswith("DPO: ") for note in record["notes"])
     assert not (folder / "base").exists()
     lines = (folder / "SFT" / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
