@@ -44,7 +44,7 @@ class StagesConfig:
     warmup: float = 0.1  # share of a stage
     sft_rates: tuple[float, ...] = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
     fractions: tuple[float, ...] = (0.5, 0.25, 0.1)  # of the best of them
-    dpo_betas: tuple[float, ...] = (0.01, 0.03, 0.1)
+    dpo_betas: tuple[float, ...] = (0.003, 0.01, 0.03)
     dpo_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 8e-4)
     kl_weights: tuple[float, ...] = (0.1, 0.3, 1.0)
     decay_weights: tuple[float, ...] = (10.0, 30.0, 100.0)  # times the rate
