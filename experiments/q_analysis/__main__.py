@@ -26,7 +26,7 @@ from experiments.q_analysis.readings import (
     derived,
     with_copies,
 )
-from experiments.worlds.pipeline import prompt_text
+from experiments.worlds.pipeline import leaving_room, prompt_text
 from experiments.worlds.tasks import load_grade
 from experiments.worlds.token_numbers import read_model
 from pref_jax import model_folders, report
@@ -104,27 +104,6 @@ def _load(path: str, tokenizer, config: Config, mesh) -> _Loaded:
     templates.check_vocabulary(tokenizer, model_config.vocab_size)
     name = pathlib.Path(path).resolve().name
     return _Loaded(name, make_decoder(model_config), params)
-
-
-def _with_room(config: Config, policy: _Loaded, groups) -> tuple[list, list[str]]:
-    """Groups whose prompts leave room for a sampled response, and what was left out.
-
-    Raises:
-      ValueError: none does.
-    """
-    most = policy.model.max_positions
-    if most is None:
-        return groups, []
-    room = most - config.max_new_tokens
-    kept = [group for group in groups if len(group.prompt) <= room]
-    told = (
-        f"of {len(groups)} prompts {len(groups) - len(kept)} were left out: with "
-        f"{config.max_new_tokens} new tokens (--max-new-tokens) they are longer than "
-        f"the model's {most} positions"
-    )
-    if not kept:
-        raise ValueError(f"{told}. Use shorter prompts, or fewer new tokens.")
-    return kept, [f"{told}."] if len(kept) < len(groups) else []
 
 
 def _sampled(config: Config, policy: _Loaded, encoder, groups, records, mesh):
@@ -209,8 +188,14 @@ def read_all(config: Config) -> tuple[list[Read], list[str], list[str], object]:
     kind, labelled = GIVEN, True
     if config.num_samples:
         kind, labelled = SAMPLED, config.grade is not None
-        groups, left_out = _with_room(config, policy, groups)
-        notes += left_out
+        groups, left_out = leaving_room(
+            groups,
+            lambda group: len(group.prompt),
+            max_positions=policy.model.max_positions,
+            max_new_tokens=config.max_new_tokens,
+        )
+        if left_out:
+            notes.append(f"{left_out}.")
         groups = _sampled(config, policy, encoder, groups, by_record, mesh)
     groups, others = _most_common_size(groups)
     if others:

@@ -246,6 +246,8 @@ def measure(
     played: Sequence[Played],
     read: dict[str, list[list[Numbers]]],
     seed: int,
+    *,
+    num_too_short: int = 0,
 ) -> dict[str, np.ndarray]:
     """Every signal against V*, against the end, and at a wrong move.
 
@@ -255,12 +257,15 @@ def measure(
       read: "SFT", "DPO", "base" and "untrained" -> for each response the numbers of it,
         and of its changed copy.
       seed: of the shifts.
+      num_too_short: responses of fewer than two moves, which are in no signal: none of
+        them has won.
 
     Returns:
       `correlation`, `at_move`, `auc` and `drop`, each f64[signals]: the second is the
       first among states after as many moves, the last how often the signal is higher
       after the move of the response than after the worst one, at the same place; and
-      `beyond`, the partial correlation of V of the SFT model.
+      `beyond`, the partial correlation of V of the SFT model; `won`, the share of
+      all responses that win.
     """
     world = config.world
     rng = np.random.default_rng([seed, 9])
@@ -316,6 +321,8 @@ def measure(
         "drop": np.array([drops[name] for name in SIGNALS]),
         "beyond": beyond(joined[SFT], truth, controls),
         "states": len(truth),
+        "won": sum(p.won for p in played) / (len(played) + num_too_short),
+        "too_short": num_too_short,
     }
 
 
@@ -417,11 +424,10 @@ def run(config: ValuesConfig, folder, guard, seed: int) -> dict:
         for solution in [key_door.solve(world, room)]
         for _ in range(config.num_samples)
     ]
-    return measure(config, played, read, seed) | {
-        # A response of fewer than two moves has not won.
-        "won": sum(p.won for p in played) / len(found),
+    return measure(
+        config, played, read, seed, num_too_short=len(found) - len(played)
+    ) | {
         "won_by_best": float(np.mean(wins)),
-        "too_short": len(found) - len(played),
         "pairs": num_pairs,
     }
 

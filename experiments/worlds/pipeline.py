@@ -13,7 +13,7 @@ import logging
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from pref_jax.types import Model, PyTree, TokenGroup
 
 _logger = logging.getLogger("pref_jax.experiments")
 
+T = TypeVar("T")
 Grade = Callable[[object, str], dict[str, float]]
 """(prompt, response) -> parts of the true reward by name, "reward" among them."""
 
@@ -56,6 +57,51 @@ class ToolPrompt(NamedTuple):
 
     messages: tuple[Message, ...]
     tools: tuple[str, ...]
+
+
+def leaving_room(
+    prompts: Sequence[T],
+    length: Callable[[T], int],
+    *,
+    max_positions: int | None,
+    max_new_tokens: int,
+) -> tuple[list[T], str]:
+    """The prompts that leave a model room for a whole response.
+
+    Args:
+      prompts: texts, messages or groups.
+      length: tokens of one.
+      max_positions: of the model; None: any number.
+      max_new_tokens: of a response.
+
+    Returns:
+      The prompts, and what was left out; "": nothing was.
+
+    Raises:
+      ValueError: none does.
+
+    >>> kept, left_out = leaving_room(
+    ...     ["short", "too long"], len, max_positions=10, max_new_tokens=4
+    ... )
+    >>> kept, left_out.split(":")[0]
+    (['short'], 'of 2 prompts 1 were left out')
+    """
+    if max_positions is None:
+        return list(prompts), ""
+    room = max_positions - max_new_tokens
+    fitted = [prompt for prompt in prompts if length(prompt) <= room]
+    if len(fitted) == len(prompts):
+        return fitted, ""
+    left_out = (
+        f"of {len(prompts)} prompts {len(prompts) - len(fitted)} were left out: with "
+        f"{max_new_tokens} new tokens they are longer than the model's "
+        f"{max_positions} positions"
+    )
+    if not fitted:
+        raise ValueError(
+            f"{left_out}. Use shorter prompts, or a smaller --max-new-tokens."
+        )
+    return fitted, left_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,23 +165,14 @@ class Pipeline:
         Raises:
           ValueError: none does.
         """
-        most = self.model.max_positions
-        if most is None:
-            return list(prompts)
-        room = most - self.max_new_tokens
-        fitted = [p for p in prompts if len(self.encode_prompt(p)) <= room]
-        if not fitted:
-            raise ValueError(
-                f"none of {len(prompts)} prompts leaves room for {self.max_new_tokens} "
-                f"new tokens: the model has {most} positions. Use shorter prompts, or "
-                f"a smaller --max-new-tokens."
-            )
-        if len(fitted) < len(prompts):
-            self.note(
-                f"of {len(prompts)} prompts {len(prompts) - len(fitted)} were left "
-                f"out: with {self.max_new_tokens} new tokens they are longer than the "
-                f"model's {most} positions"
-            )
+        fitted, left_out = leaving_room(
+            prompts,
+            lambda prompt: len(self.encode_prompt(prompt)),
+            max_positions=self.model.max_positions,
+            max_new_tokens=self.max_new_tokens,
+        )
+        if left_out:
+            self.note(left_out)
         return fitted
 
     def encode_prompt(self, prompt) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_a_prompt_leaves_room_for_a_whole_response():
     short = pipeline(max_positions=10)
     assert short.fit_prompts(prompts) == prompts[:1]
     assert "of 2 prompts 1 were left out" in short.notes[0]
-    with pytest.raises(ValueError, match="none of 1 prompts leaves room for 4 new"):
+    with pytest.raises(ValueError, match="of 1 prompts 1 were left out: with 4 new"):
         short.fit_prompts(prompts[1:])
 
 

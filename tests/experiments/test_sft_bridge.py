@@ -149,7 +149,10 @@ def test_a_model_that_knows_v_is_told_from_one_that_does_not():
         played,
         {name: read(name in ("SFT", "DPO")) for name in MODELS},
         seed=0,
+        num_too_short=20,
     )
+    assert found["won"] == sum(p.won for p in played) / (len(played) + 20)
+    assert found["too_short"] == 20
     place = {name: i for i, name in enumerate(SIGNALS)}
     assert found["correlation"][place[SFT]] == pytest.approx(1.0)
     assert found["beyond"] > 0.99
