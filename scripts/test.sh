@@ -10,13 +10,12 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 extras='test'
 selection=(-m 'not slow')
-# Compiling takes most of the time: the default suite leaves most optimisations out.
-export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+fast=yes # compiling takes most of the time: the default suite leaves most optimisations out
 arguments=(-n logical --maxprocesses 4 --dist loadfile --durations=15)
 for argument in "$@"; do
   if [ "$argument" = --all ]; then
     extras='test parity envs'
-    unset JAX_DISABLE_MOST_OPTIMIZATIONS
+    fast=no
     selection=(-m 'slow or not slow')
   else
     arguments+=("$argument")
@@ -26,4 +25,12 @@ done
 # shellcheck disable=SC2086 # the extras are words
 prepare_environment $extras ${EXTRAS:+${EXTRAS//,/ }}
 cd "$root"
+if [ "$fast" = yes ]; then
+  export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+  # Half the time to compile on a CPU; XLA stops at a flag that it does not know.
+  flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_cpu_use_fusion_emitters=false"
+  if XLA_FLAGS=$flags "$venv/bin/python" -c 'import jax; jax.devices("cpu")' 2>/dev/null; then
+    export XLA_FLAGS=$flags
+  fi
+fi
 exec "$venv/bin/python" -m pytest "${selection[@]}" "${arguments[@]}"
