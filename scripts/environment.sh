@@ -185,3 +185,12 @@ name_accelerator() {
     *) say "This machine has $what. To use it: EXTRAS=$extra bash scripts/quickstart.sh" ;;
   esac
 }
+
+# use_xla_flag FLAG: exports XLA_FLAGS with it too, if the XLA in .venv knows it; at one
+# that it does not know XLA ends the process.
+use_xla_flag() {
+  local flags="${XLA_FLAGS:+$XLA_FLAGS }$1"
+  if JAX_PLATFORMS=cpu XLA_FLAGS=$flags runs "$venv/bin/python" "import jax; jax.devices()"; then
+    export XLA_FLAGS=$flags
+  fi
+}

@@ -10,7 +10,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 extras='test'
 selection=(-m 'not slow')
-fast=yes # compiling takes most of the time: the default suite leaves most optimisations out
+fast=yes # compiling takes most of the time: the default suite leaves much of it out
 arguments=(-n logical --maxprocesses 4 --dist loadfile --durations=15)
 for argument in "$@"; do
   if [ "$argument" = --all ]; then
@@ -27,10 +27,6 @@ prepare_environment $extras ${EXTRAS:+${EXTRAS//,/ }}
 cd "$root"
 if [ "$fast" = yes ]; then
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1
-  # Half the time to compile on a CPU; XLA stops at a flag that it does not know.
-  flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_cpu_use_fusion_emitters=false"
-  if XLA_FLAGS=$flags "$venv/bin/python" -c 'import jax; jax.devices("cpu")' 2>/dev/null; then
-    export XLA_FLAGS=$flags
-  fi
+  use_xla_flag --xla_cpu_use_fusion_emitters=false
 fi
 exec "$venv/bin/python" -m pytest "${selection[@]}" "${arguments[@]}"

@@ -19,7 +19,7 @@ TOOLS = "awk cat cksum cp df dirname du mkdir rm sed sleep tail tee touch uname"
 PYTHON = f"""#!{BASH}
 case "$*" in
   -c*"version_info[:2]"*) echo {{version}} ;;
-  -c*) case "$2" in *ensurepip*) exit {{venv}} ;; esac ;;
+  -c*) case "$2" in *ensurepip*) exit {{venv}} ;; *jax*) exit {{xla}} ;; esac ;;
   "-m venv "*)
     mkdir -p "$3/bin"
     cp "$0" "$3/bin/python" ;;
@@ -30,6 +30,7 @@ case "$*" in
     {{pip}} ;;
   *)
     echo "cwd=$PWD path=$PYTHONPATH" >>"$LOG"
+    echo "flags=$XLA_FLAGS quick=$JAX_DISABLE_MOST_OPTIMIZATIONS" >>"$LOG"
     printf 'run %s\\n' "$@" >>"$LOG" ;;
 esac
 """
@@ -44,8 +45,8 @@ def write_program(path: Path, text: str) -> Path:
     return path
 
 
-def python(*, version="3.12", venv=0, pip=":") -> str:
-    return PYTHON.format(version=version, venv=venv, pip=pip)
+def python(*, version="3.12", venv=0, xla=0, pip=":") -> str:
+    return PYTHON.format(version=version, venv=venv, xla=xla, pip=pip)
 
 
 class Machine:
@@ -176,6 +177,20 @@ def test_extras_are_added_to_those_that_are_there(machine):
         file.write("# changed\n")
     assert machine.run("quickstart.sh")[0] == 0
     assert machine.installs() == [".[cuda,tpu,test]"]
+
+
+@pytest.mark.parametrize(
+    ("xla", "arguments", "expected"),
+    [
+        (0, [], "flags=--theirs --xla_cpu_use_fusion_emitters=false quick=1"),
+        (1, [], "flags=--theirs quick=1"),  # this XLA does not know the flag
+        (0, ["--all"], "flags=--theirs quick="),
+    ],
+)
+def test_the_default_suite_compiles_quickly(machine, xla, arguments, expected):
+    write_program(machine.bin / "python3", python(xla=xla))
+    assert machine.run("test.sh", *arguments, XLA_FLAGS="--theirs")[0] == 0
+    assert f"{expected}\n" in machine.log.read_text()
 
 
 def test_an_unknown_extra_is_an_error(machine):

@@ -276,7 +276,7 @@ def test_gradients_on_eight_devices_are_those_of_one(name):
     ):
         with jax.set_mesh(mesh):
             found.append(jax.jit(loss_and_gradient)(*on_mesh(mesh)))
-    assert_close(found[1], found[0], 1e-5)
+    assert_close(found[1], found[0], 1e-4)
 
 
 # --- what is exchanged ----------------------------------------------------------------
