@@ -247,7 +247,7 @@ def measure(
     read: dict[str, list[list[Numbers]]],
     seed: int,
     *,
-    num_too_short: int = 0,
+    num_too_short: int,
 ) -> dict[str, np.ndarray]:
     """Every signal against V*, against the end, and at a wrong move.
 
